@@ -1,0 +1,1 @@
+"""Measurements of the router: against its peers, and on traces."""

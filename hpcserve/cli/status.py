@@ -1,0 +1,138 @@
+"""Show how one run is doing: from its controller, or from its files when that does not answer."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError
+from .arguments import Parser, add_json, add_run
+from .ladder import begin, duration, fold, rungs, with_joined
+from .named import named_run, plan_of
+from .output import print_json, table, warn
+
+if TYPE_CHECKING:
+    from ..control import Overview
+    from ..rundir.runs import Run
+
+
+def add_arguments(parser: Parser) -> None:
+    add_run(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..control import LIVE, overview
+
+    run = named_run(args.run)
+    [seen], outage = overview([run])
+    if outage is not None:
+        warn(outage.message, outage.hint)
+    status = _ask(run) if seen.state in LIVE and seen.state != "queued" else None
+    if args.json:
+        print_json(_document(seen, status))
+        return 0
+    print(_headline(seen))
+    for rung in _ladder(seen):
+        print(f"  {rung}")
+    replicas = status.get("replicas") if status else None
+    if replicas:
+        print(_replicas(replicas, (status or {}).get("workers") or ()))
+    router = status.get("router") if status else None
+    if router:
+        print(
+            f"requests: {router.get('requests', 0)} so far, {router.get('in_flight', 0)} running, "
+            f"{router.get('errors', 0)} failed"
+        )
+    if seen.state == "ready":
+        print(f"reach it with: hpcserve connect {run.record.run_id}")
+    elif seen.state in ("failed", "ended"):
+        print(f"its logs: hpcserve logs {run.record.run_id}")
+    print(f"run directory: {run.directory.path}")
+    return 0
+
+
+def _ask(run: Run) -> Mapping[str, Any] | None:
+    """The controller's own account; None, and a warning, when only the files can tell."""
+    from ..control import Controller
+
+    if not run.directory.head.exists():
+        return None
+    try:
+        return Controller(run).status()
+    except RunError as error:
+        warn(f"{error.message}; this is what the run directory says", error.hint)
+        return None
+
+
+def _headline(seen: Overview) -> str:
+    record = seen.run.record
+    job = f"job {record.job_id}" if record.job_id else "no job"
+    left = f", {duration(seen.end - time.time())} left" if seen.end else ""
+    detail = f": {seen.detail}" if seen.detail else ""
+    return f"{record.run_id} ({job} at {record.site}{left}) is {seen.state}{detail}"
+
+
+def _ladder(seen: Overview) -> list[str]:
+    """The rungs reached so far, with the time each took since the launch."""
+    from ..control import events
+    from .live import joined
+
+    run = seen.run
+    progress = begin(plan_of(run), run.record.created)
+    progress = fold(progress, events(run))
+    progress = with_joined(progress, joined(run), time.time())
+    lines = []
+    for rung in rungs(progress, time.time()):
+        if rung.state == "ahead" or (rung.state == "now" and not rung.text):
+            continue
+        since = "" if rung.at is None else duration(rung.at - run.record.created)
+        lines.append(f"{since:>8}  {rung.name}{f': {rung.text}' if rung.text else ''}")
+    return lines
+
+
+def _replicas(replicas: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> str:
+    busy = {str(worker.get("name")): worker.get("in_flight") for worker in workers}
+    rows = []
+    coming = any(not replica.get("in_rotation") for replica in replicas)
+    for replica in replicas:
+        waiting = None if replica.get("in_rotation") else replica.get("progress") or replica.get("reason")
+        name = str(replica.get("name"))
+        in_flight = busy.get(name)
+        rows.append(
+            (
+                name,
+                str(replica.get("state")),
+                str(replica.get("node") or ""),
+                "-" if in_flight is None else str(in_flight),
+                str(replica.get("restarts", 0)),
+                str(replica.get("url") or "-"),
+                *([str(waiting or "")] if coming else []),
+            )
+        )
+    header = ("REPLICA", "STATE", "NODE", "IN FLIGHT", "RESTARTS", "URL", *(["PROGRESS"] if coming else []))
+    return table(header, rows)
+
+
+def _document(seen: Overview, status: Mapping[str, Any] | None) -> dict[str, Any]:
+    from ..control import events
+
+    record = seen.run.record
+    job = seen.job
+    return {
+        "name": record.run_id,
+        "state": seen.state,
+        "detail": seen.detail,
+        "site": record.site,
+        "scheduler": record.scheduler,
+        "job": None
+        if job is None
+        else {"id": job.job_id, "state": job.state, "reason": job.reason, "nodes": list(job.nodes)},
+        "end_time": seen.end,
+        "directory": str(seen.run.directory.path),
+        "source": "files" if status is None else "controller",
+        "controller": status,
+        "events": events(seen.run),
+    }

@@ -1,0 +1,139 @@
+"""What hpcserve asks of an engine: one class per engine, and nothing about engines elsewhere.
+
+An engine is chosen by `engines.get(name)`. The same `command()` serves `--dry-run`, where addresses
+and ports are shell variables, and the agent, where they are real.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:  # the fake engine starts 64 times on one machine and needs no plan
+    from ..plan.plan import Plan, ReplicaPlan
+    from .kv_events.endpoints import EventEndpoint
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineContext:
+    """Where one process of a replica runs. Values are text so that a dry run can put `$NAMES` in."""
+
+    plan: Plan
+    replica: ReplicaPlan
+    node: int
+    """This process's place among the replica's nodes: 0 is the replica's head."""
+    address: str
+    """Address of this node that the other nodes reach."""
+    head_address: str
+    """Address of the replica's head node."""
+    ports: Mapping[str, str]
+    """One bound port (or first of a block) per name in `Engine.ports()`."""
+    model_path: str
+    """Hub id or path, byte-identical on all replicas of the job."""
+    cpus: tuple[int, ...] = ()
+    """Cores reserved for this process on `device: cpu`; empty lets the engine decide."""
+    gpu_names: tuple[str, ...] = ()
+    """The job's GPUs on this node as CUDA_VISIBLE_DEVICES names them; `replica.gpus` counts these.
+    Empty: the names are the numbers."""
+    fabric_env: Mapping[str, str] = field(default_factory=dict)
+    """Transport variables found on the node, such as UCX_NET_DEVICES."""
+    python: str = "python"
+    scratch: str = "$TMPDIR"
+    """Node-local private directory of this replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCommand:
+    """A process to start: `argv` without secrets, `env` added to the scrubbed environment."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """Secrets are not here: the agent adds the job key under `Engine.key_variable`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What an engine's log says about its death."""
+
+    cause: str
+    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `disk-full`, `nixl`, `unknown`."""
+    message: str
+    hint: str
+    retry: bool
+    """False: starting it again can't help."""
+
+
+class Engine(ABC):
+    """One engine program."""
+
+    name: ClassVar[str]
+    key_variable: ClassVar[str]
+    """Environment variable the engine reads its API key from."""
+    health_path: ClassVar[str] = "/health"
+    metrics_path: ClassVar[str] = "/metrics"
+    shared_ports: ClassVar[frozenset[str]] = frozenset()
+    """Names of ports that the replica's head binds and all its processes must be told."""
+
+    @abstractmethod
+    def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
+        """Ports one process needs: name -> how many in a row. `http` is always among them."""
+
+    @abstractmethod
+    def command(self, context: EngineContext) -> EngineCommand:
+        """How to start one process of a replica."""
+
+    @abstractmethod
+    def progress(self, line: str) -> str | None:
+        """What a log line says about loading (`weights 3/8`), for people; None if nothing."""
+
+    @abstractmethod
+    def diagnose(self, log_tail: str, exit_status: int | None) -> Failure:
+        """Why the engine died, from its last log lines. `exit_status` is negative for a signal."""
+
+    # The two-leg protocol: prompt on a prefill replica, answer on a decode replica.
+
+    @abstractmethod
+    def prefill_request(self, body: Json) -> Json:
+        """The body for the prefill leg of a client's request."""
+
+    @abstractmethod
+    def decode_request(self, body: Json, prefill_response: Json) -> Json:
+        """The body for the decode leg. Raises KeyError when the prefill leg kept no KV blocks."""
+
+    # An answer that goes on at another replica. Bodies are decoded; the paths are the engine's own.
+
+    can_resume: ClassVar[bool] = False
+    """The methods below may be called, and streams can be asked for `return_token_ids`."""
+    resume_path: ClassVar[str] = "/v1/completions"
+    tokenize_path: ClassVar[str] = "/tokenize"
+    detokenize_path: ClassVar[str] = "/detokenize"
+    models_path: ClassVar[str] = "/v1/models"
+
+    def resume_obstacle(self, body: Json) -> str | None:
+        """The part of a client's request that keeps another replica from going on in the middle."""
+        return "the engine"
+
+    def tokenize_request(self, body: Json) -> Json | None:
+        """What `tokenize_path` is asked for a request's prompt, as `tokens`; None: it can't tell."""
+        return None
+
+    def answer_budget(self, body: Json) -> int | None:
+        """The most tokens a request's answer may have; None: as many as the context has room for."""
+        return None
+
+    def resume_request(self, body: Json, prompt: Any, *, generated: int, max_tokens: int) -> Json:
+        """What `resume_path` is asked. `prompt` is a JSON array of all token ids so far, raw; `generated` of
+        them are the answer's, and `max_tokens` may follow."""
+        raise NotImplementedError
+
+    def kv_event_endpoints(self, context: EngineContext) -> tuple[EventEndpoint, ...]:
+        """Where this replica's KV events are read, by data-parallel rank; () where it publishes none."""
+        return ()
+
+    @abstractmethod
+    def kv_bytes_received(self, metrics: str) -> float | None:
+        """Bytes of KV this engine has pulled so far, from its /metrics text; None if it can't tell."""

@@ -1,0 +1,1 @@
+"""KV events: what engines say about their prefix caches, read and digested."""

@@ -1,0 +1,250 @@
+"""vLLM 0.32: command line, environment, log lines, and the NIXL request protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..config.model import RoleSpec
+from ..errors import ConfigError
+from ..plan.plan import ReplicaPlan
+from . import arguments
+from .base import EngineCommand, EngineContext
+from .kv_events import endpoints
+from .nixl_protocol import NixlEngine
+
+_INSIDE = "engines are reached through the router only; `router.port` is the endpoint's port"
+_SIZES = "use `tensor_parallel`, `pipeline_parallel`, `data_parallel` and `nodes` of the pool"
+_KV = "hpcserve connects prefill and decode by NIXL; `kv_lease` is what can be set"
+RESERVED: Mapping[str, str] = {
+    "model": "use the top-level key `model`",
+    "model-tag": "use the top-level key `model`",
+    "served-model-name": "use the top-level key `served_name`",
+    "revision": "use the top-level key `revision`",
+    "dtype": "use the top-level key `dtype`",
+    "quantization": "use the top-level key `quantization`",
+    "max-model-len": "use the top-level key `max_model_len`",
+    "host": _INSIDE,
+    "port": _INSIDE,
+    "uds": _INSIDE,
+    "grpc": _INSIDE,
+    "root-path": _INSIDE,
+    "ssl-keyfile": _INSIDE,
+    "ssl-certfile": _INSIDE,
+    "middleware": "hpcserve guards the engine with one; it has no room for others",
+    "api-key": "the engines' key is made by hpcserve; `router.auth` is about the clients' key",
+    "config": "write the file's settings into `engine_args`",
+    "headless": _SIZES,
+    "api-server-count": _SIZES,
+    "nnodes": _SIZES,
+    "node-rank": _SIZES,
+    "master-addr": _SIZES,
+    "master-port": _SIZES,
+    "tensor-parallel-size": _SIZES,
+    "tp": _SIZES,
+    "pipeline-parallel-size": _SIZES,
+    "pp": _SIZES,
+    "data-parallel-size": _SIZES,
+    "data-parallel-size-local": _SIZES,
+    "data-parallel-rank": _SIZES,
+    "data-parallel-start-rank": _SIZES,
+    "data-parallel-address": _SIZES,
+    "data-parallel-rpc-port": _SIZES,
+    "data-parallel-external-lb": _SIZES,
+    "data-parallel-hybrid-lb": _SIZES,
+    "data-parallel-multi-port-external-lb": _SIZES,
+    "dp": _SIZES,
+    "enable-expert-parallel": "use `expert_parallel` of the pool",
+    "kv-transfer-config": _KV,
+    "kv-offloading-size": "it would replace the NIXL connector between prefill and decode",
+    "kv-offloading-backend": "it would replace the NIXL connector between prefill and decode",
+    "shutdown-timeout": "it follows from `slurm.kill_wait` of the site; see also the top-level key `drain`",
+    "disable-log-stats": "READY is proven with the engine's metrics, so they stay on",
+}
+OWN_VARIABLES = frozenset(
+    {
+        "VLLM_API_KEY",
+        "VLLM_HOST_IP",
+        "VLLM_PORT",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT",
+        "CUDA_VISIBLE_DEVICES",
+    }
+)
+CPU_KV_GIB = 2
+"""vLLM would take most of the node's memory for the KV cache of each engine on device cpu."""
+
+_PROGRESS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"Loading .*?shards.*?:\s+\d+% Completed \| (\d+)/(\d+)"), r"weights \1/\2"),
+    (re.compile(r"Starting to load model"), "loading weights"),
+    (re.compile(r"Loading weights took ([\d.]+) seconds"), r"weights loaded in \1 s"),
+    (re.compile(r"Starting torch\.compile|Dynamo bytecode transform time"), "compiling"),
+    (re.compile(r"torch\.compile took ([\d.]+) s"), r"compiled in \1 s"),
+    (re.compile(r"KV cache size: ([\d,]+) tokens"), r"KV cache of \1 tokens"),
+    (re.compile(r"Capturing CUDA graphs?.*?\| (\d+)/(\d+)"), r"CUDA graphs \1/\2"),
+    (re.compile(r"Graph capturing finished"), "CUDA graphs captured"),
+    (re.compile(r"Initializing NIXL wrapper"), "starting NIXL"),
+    (re.compile(r"init engine .* took ([\d.]+) s"), r"engine initialised in \1 s"),
+    (re.compile(r"Application startup complete"), "answering"),
+)  # fmt: skip
+
+
+class VLLM(NixlEngine):
+    name = "vllm"
+    key_variable = "VLLM_API_KEY"
+    shared_ports = frozenset({"master", "dp_rpc"})
+
+    def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
+        """vLLM adds the global data-parallel rank to the port of the side channel."""
+        ranks = replica.data_parallel
+        ports = {"http": 1}
+        if replica.role != "aggregated":
+            ports["side_channel"] = ranks
+        if len(replica.nodes) > 1:
+            ports["master"] = 1
+            if ranks > 1:
+                ports["dp_rpc"] = 1
+        return ports
+
+    def command(self, context: EngineContext) -> EngineCommand:
+        """Raises ConfigError when `engine_args` or `env` sets what hpcserve sets."""
+        events = bool(self.kv_event_endpoints(context))
+        argv = [context.python, "-m", *_program(context), *_argv(context, events=events)]
+        return EngineCommand(argv=tuple(argv), env=_environment(context))
+
+    def kv_event_endpoints(self, context: EngineContext) -> tuple[endpoints.EventEndpoint, ...]:
+        """() as well where `engine_args` say themselves what becomes of the events."""
+        args = arguments.merge(
+            context.replica.role, context.plan.model.engine_args, _role(context).engine_args
+        )
+        if any(name.split(".", 1)[0] == "kv-events-config" for name in args):
+            return ()
+        replica = context.replica
+        ranks = endpoints.ranks_on(context.node, nodes=len(replica.nodes), ranks=replica.data_parallel)
+        return endpoints.in_directory(context.scratch, ranks)
+
+    def progress(self, line: str) -> str | None:
+        # A progress bar rewrites its line with carriage returns: the last state counts.
+        text = line.rstrip("\r\n").rpartition("\r")[2]
+        for pattern, says in _PROGRESS:
+            match = pattern.search(text)
+            if match:
+                return match.expand(says)
+        return None
+
+
+def _program(context: EngineContext) -> list[str]:
+    """The API server module works in every build of vLLM, but only `serve` can run without an API."""
+    if context.node > 0:
+        return ["vllm.entrypoints.cli.main", "serve", context.model_path, "--headless"]
+    return ["vllm.entrypoints.openai.api_server", "--model", context.model_path]
+
+
+def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
+    plan, ports = context.plan, context.ports
+    args = arguments.merge(context.replica.role, plan.model.engine_args, _role(context).engine_args)
+    arguments.refuse(args, RESERVED, "vLLM")
+    yield from ("--served-model-name", plan.served_name)
+    if context.node == 0:
+        yield from ("--host", context.address, "--port", ports["http"])
+        yield from ("--middleware", "hpcserve.engines.vllm_guard.JobKeyGuard")
+        if "disable-access-log-for-endpoints" not in args:
+            yield from ("--disable-access-log-for-endpoints", "/health,/metrics")
+        # The router learns from each answer's usage how well its prediction of prefix hits was.
+        if "enable-prompt-tokens-details" not in args:
+            yield "--enable-prompt-tokens-details"
+    for key in ("revision", "dtype", "quantization", "max_model_len"):
+        value = getattr(plan.model, key)
+        if value is not None:
+            yield from (f"--{key.replace('_', '-')}", str(value))
+    yield from _parallel(context)
+    if context.replica.role != "aggregated":
+        yield from ("--kv-transfer-config", arguments.compact(_transfer(context)))
+    if events:
+        yield from ("--kv-events-config", arguments.compact(endpoints.config(context.scratch)))
+    yield from ("--shutdown-timeout", str(max(1, plan.site.slurm.kill_wait // 2)))
+    yield from arguments.flags(args)
+
+
+def _parallel(context: EngineContext) -> Iterator[str]:
+    replica = context.replica
+    yield from ("--tensor-parallel-size", str(replica.tensor_parallel))
+    if replica.pipeline_parallel > 1:
+        yield from ("--pipeline-parallel-size", str(replica.pipeline_parallel))
+    if replica.data_parallel > 1:
+        yield from ("--data-parallel-size", str(replica.data_parallel))
+    if replica.expert_parallel:
+        yield "--enable-expert-parallel"
+    if len(replica.nodes) > 1:
+        yield from ("--nnodes", str(len(replica.nodes)), "--node-rank", str(context.node))
+        yield from ("--master-addr", context.head_address, "--master-port", context.ports["master"])
+        if replica.data_parallel > 1:
+            yield from ("--data-parallel-address", context.head_address)
+            yield from ("--data-parallel-rpc-port", context.ports["dp_rpc"])
+
+
+def _transfer(context: EngineContext) -> dict[str, Any]:
+    """KVTransferConfig. A decode engine that can't get the blocks computes the prompt itself."""
+    prefill = context.replica.role == "prefill"
+    config: dict[str, Any] = {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_producer" if prefill else "kv_consumer",
+        "kv_buffer_device": context.plan.device,
+        "kv_connector_extra_config": {"kv_lease_duration": context.plan.model.kv_lease},
+    }
+    if not prefill:
+        config["kv_load_failure_policy"] = "recompute"
+    if context.plan.device == "cpu":
+        config["kv_connector_module_path"] = "hpcserve.engines.vllm_nixl"
+    return config
+
+
+def _environment(context: EngineContext) -> dict[str, str]:
+    """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
+    plan, scratch = context.plan, context.scratch
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": f"{scratch}/vllm",
+        "TRITON_CACHE_DIR": f"{scratch}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
+        "FLASHINFER_WORKSPACE_BASE": scratch,
+        "PYTHONUNBUFFERED": "1",
+    }
+    if not plan.site.node.internet:
+        env["HF_HUB_OFFLINE"] = "1"
+    if plan.device == "cpu":
+        env |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_GIB)}
+        if context.cpus:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, context.cpus))
+    interface = plan.site.network.control_interface
+    if interface is not None and len(context.replica.nodes) > 1:
+        env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    env |= {**context.fabric_env, **plan.site.network.env}
+    env |= _given(context)
+    env["VLLM_HOST_IP"] = context.address
+    if plan.device == "cuda":
+        names = context.gpu_names or tuple(map(str, range(plan.slots_per_node)))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in context.replica.gpus)
+    if context.replica.role != "aggregated":
+        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = context.address
+        env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = context.ports["side_channel"]
+    return env
+
+
+def _given(context: EngineContext) -> dict[str, str]:
+    """`env` of model.yaml, the pool's over the common one."""
+    given: dict[str, str] = {}
+    for where, env in (("env", context.plan.model.env), (f"{context.replica.role}.env", _role(context).env)):
+        for name, value in env.items():
+            if name in OWN_VARIABLES:
+                raise ConfigError(
+                    f"{where}.{name}: hpcserve sets this variable for each engine itself",
+                    hint=f"remove it from `{where}` in model.yaml",
+                )
+            given[name] = value
+    return given
+
+
+def _role(context: EngineContext) -> RoleSpec:
+    return getattr(context.plan.model, context.replica.role) or RoleSpec()

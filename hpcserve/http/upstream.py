@@ -1,0 +1,239 @@
+"""A connection to a server: one request at a time, its answer as raw body bytes to a Reader."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import httptools
+
+from .errors import Header, UpstreamError, UpstreamFault
+from .response import Reader, UpstreamResponse
+
+_HEAD_LIMIT = 64 * 1024
+_WRITE_HIGH = 256 * 1024
+
+Origin = tuple[str, int]
+
+
+class ConnectionOwner(Protocol):
+    """The pool, as a connection sees it."""
+
+    def opened(self, connection: UpstreamConnection) -> None: ...
+    def put(self, connection: UpstreamConnection, origin: Origin) -> None: ...
+    def forget(self, connection: UpstreamConnection, origin: Origin) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to one origin; it carries one exchange at a time."""
+
+    def __init__(self, pool: ConnectionOwner, origin: Origin) -> None:
+        self._pool = pool
+        self._origin = origin
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: list[Header] = []
+        self._head_bytes = 0
+        self._pieces: list[bytes] = []
+        self._reader: Reader | None = None
+        self._answered = False
+        """The head of the answer has come."""
+        self._is_head_request = False
+        self._bounded = False
+        self._keep = False
+        self._complete = False
+        self._paused = False
+        self._chunked = self._inside_chunk = False
+        self._ends_line = False
+        """The last bytes that came were the end of a line."""
+        self.heard = False
+        """A byte of the current answer has arrived."""
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
+        raw = transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._pool.opened(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._pool.forget(self, self._origin)
+        self._over("reset", f"connection closed: {error}" if error else "connection closed before the end")
+
+    def eof_received(self) -> bool:
+        if self._answered and not self._bounded and self._reader is not None:
+            # The end of the connection is this body's end.
+            self._keep = False
+            self._finish(b"")
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        if self._reader is None:
+            # Nobody asked: such a connection can't be trusted with the next request.
+            self.abort()
+            return
+        self.heard = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._break("protocol", f"not HTTP: {error}")
+            return
+        except httptools.HttpParserUpgrade:
+            self._break("protocol", "it wants to switch to another protocol")
+            return
+        if not self._answered:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_LIMIT:
+                self._break("protocol", "the response head is too large")
+            return
+        pieces = self._pieces
+        piece = b""
+        if pieces:
+            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+        if self._complete:
+            self._finish(piece)
+        elif piece and self._reader is not None:
+            self._ends_line = data.endswith(b"\r\n")
+            self._reader.feed(piece)
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self._keep = False
+        self._headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        if self._complete or self._answered or self._reader is None:
+            return
+        parser = self._parser
+        status = parser.get_status_code()
+        if status < 200:
+            return
+        if parser.get_http_version() not in ("1.1", "1.0"):
+            self._break("protocol", "the answer is not HTTP/1.1")
+            return
+        codings = 0
+        bounded = self._is_head_request or status == 204 or status == 304
+        for name, value in self._headers:
+            if name == b"content-length":
+                bounded = True
+            elif name == b"transfer-encoding":
+                codings += 1
+                bounded = True
+                if codings > 1 or value.strip(b" \t").lower() != b"chunked":
+                    # The parser would take the body for one without framing, and hand on the frames as text.
+                    self._break("protocol", "the answer's Transfer-Encoding is not chunked alone")
+                    return
+        self._bounded, self._chunked = bounded, codings == 1
+        self._keep = parser.should_keep_alive() and not self._is_head_request
+        self._answered = True
+        self._complete = self._is_head_request
+        self._reader.head(status, self._headers)
+
+    def on_body(self, data: bytes) -> None:
+        if not self._complete:
+            self._pieces.append(data)
+
+    def on_chunk_header(self) -> None:
+        self._inside_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self._inside_chunk = False
+
+    def on_message_complete(self) -> None:
+        if self._answered:
+            self._complete = True
+
+    # Reading for somebody else
+
+    def lend(self) -> int:
+        """The socket, for who reads chunks from it until `take_back()`; -1 where none begins next."""
+        transport = self._transport
+        between = self._chunked and self._ends_line and not self._inside_chunk
+        if transport is None or not between or self._paused or not self.usable:
+            return -1
+        self.pause()
+        raw: socket.socket = transport.get_extra_info("socket")
+        return raw.fileno()
+
+    def take_back(self, unread: bytes) -> None:
+        """Go on with what was received and not read."""
+        self.resume()
+        if unread:
+            self.data_received(unread)
+
+    # The exchange
+
+    def ask(self, request: Sequence[bytes], reader: Reader, *, is_head: bool = False) -> None:
+        """Send a request; `reader` takes the answer. `usable` must be true."""
+        assert self._transport is not None
+        self._reader = reader
+        self._is_head_request = is_head
+        self._answered = self._complete = self._inside_chunk = False
+        self._head_bytes = 0
+        self.heard = False
+        if len(request) == 1:
+            self._transport.write(request[0])
+        else:
+            self._transport.writelines(request)
+
+    def hand_over(self, reader: Reader) -> None:
+        """Let `reader` take the rest of the answer that is coming."""
+        self._reader = reader
+
+    async def exchange(self, request: Sequence[bytes], *, is_head: bool) -> UpstreamResponse:
+        """Send a request and wait for the head of its answer. Raises UpstreamError."""
+        if not self.usable:
+            raise UpstreamError("reset", "connection closed while idle")
+        response = UpstreamResponse(self)
+        self.ask(request, response, is_head=is_head)
+        await response.arrival()
+        return response
+
+    def _finish(self, last: bytes) -> None:
+        reader, self._reader = self._reader, None
+        if self._keep and self.usable:
+            self.resume()
+            self._pool.put(self, self._origin)
+        else:
+            self.abort()
+        if reader is not None:
+            reader.end(last)
+
+    def _break(self, fault: UpstreamFault, message: str) -> None:
+        self._over(fault, message)
+        self.abort()
+
+    def _over(self, fault: UpstreamFault, message: str) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.fail(UpstreamError(fault, message))
+
+    def pause(self) -> None:
+        if not self._paused and self.usable and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self.usable and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close it now; a reader that still waits is told."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()

@@ -1,0 +1,1 @@
+"""One agent per node: it supervises the engines of its node."""

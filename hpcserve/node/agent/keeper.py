@@ -1,0 +1,77 @@
+"""Sees to it that no engine outlives its agent, however the agent ends.
+
+A small child process holds one end of a pipe. The agent tells it which process groups it started;
+when the pipe closes, because the agent is gone, the keeper kills those groups and removes its scratch
+directory. PR_SET_PDEATHSIG
+would reach an engine's first process only, and not the workers below it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from ..process import signal_group
+
+
+class Keeper:
+    """Start it before any thread or event loop: it forks."""
+
+    def __init__(self) -> None:
+        reading, self._pipe = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(self._pipe)
+            _keep(reading)
+        os.close(reading)
+
+    def add(self, group: int) -> None:
+        """`group` is to be killed when this process is gone."""
+        self._tell(f"+{group}\n")
+
+    def remove(self, group: int) -> None:
+        """Nobody is left in `group`; its number may be used again."""
+        self._tell(f"-{group}\n")
+
+    def sweep(self, directory: Path) -> None:
+        """`directory` is to be removed when this process is gone."""
+        self._tell(f"/{json.dumps(str(directory))}\n")
+
+    def close(self) -> None:
+        """End the keeper, which kills and removes what is still registered."""
+        os.close(self._pipe)
+        os.waitpid(self._child, 0)
+
+    def _tell(self, line: str) -> None:
+        # A keeper that somebody killed must not take the agent with it.
+        with suppress(BrokenPipeError):
+            os.write(self._pipe, line.encode())
+
+
+def _keep(pipe: int) -> None:
+    """Never returns."""
+    groups: set[int] = set()
+    directories: list[str] = []
+    try:
+        # Out of the agent's session: what is sent to the agent's group must not end the keeper first.
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with os.fdopen(pipe) as lines:
+            for line in lines:
+                if line[0] == "+":
+                    groups.add(int(line[1:]))
+                elif line[0] == "-":
+                    groups.discard(int(line[1:]))
+                else:
+                    directories.append(json.loads(line[1:]))
+    finally:
+        for group in groups:
+            signal_group(group, signal.SIGKILL)
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+        os._exit(0)

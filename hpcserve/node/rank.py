@@ -1,0 +1,65 @@
+"""Which rank this process is, and which start of the job it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..errors import RendezvousError
+
+RANK_VARIABLES = ("HPCSERVE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+
+
+def rank_of(environ: Mapping[str, str]) -> int:
+    """The rank the launcher gave this process. Raises RendezvousError when there is none."""
+    for variable in RANK_VARIABLES:
+        value = environ.get(variable)
+        if value:
+            if not value.isdecimal():
+                raise RendezvousError(
+                    f"{variable}={value!r} is not a rank: 0, 1, 2, … is expected",
+                    hint="start this program with srun, or set HPCSERVE_RANK",
+                )
+            return int(value)
+    raise RendezvousError(
+        f"this process has no rank: none of {', '.join(RANK_VARIABLES)} is set",
+        hint="start this program with srun or mpirun, or set HPCSERVE_RANK",
+    )
+
+
+def attempt_of(environ: Mapping[str, str]) -> str:
+    """Names one start of the job. A requeued job has the same run directory and another attempt.
+
+    Files of an earlier start are told apart by it.
+    """
+    job = environ.get("SLURM_JOB_ID", "local")
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def node_names(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Slurm's names of the step's nodes in rank order; empty outside Slurm."""
+    text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+    return expand(text)
+
+
+def expand(nodelist: str) -> tuple[str, ...]:
+    """`n[1-3,07],m1` -> n1 n2 n3 n07 m1: what `scontrol show hostnames` prints, without Slurm."""
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", nodelist):
+        expanded = [""]
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
+            choices = [literal] if literal else _numbers(ranges)
+            expanded = [prefix + choice for prefix in expanded for choice in choices]
+        names.extend(expanded)
+    return tuple(names)
+
+
+def _numbers(ranges: str) -> list[str]:
+    numbers: list[str] = []
+    for item in ranges.split(","):
+        low, dash, high = item.partition("-")
+        if dash:
+            numbers.extend(str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
+        else:
+            numbers.append(low)
+    return numbers

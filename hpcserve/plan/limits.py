@@ -1,0 +1,69 @@
+"""What a site allows: checked before anything is placed."""
+
+from __future__ import annotations
+
+from ..config.model import ModelSpec
+from ..config.site import Site
+from ..errors import PlanError
+from .explain import duration
+
+
+def check_site(site: Site) -> None:
+    runtime = site.container.runtime
+    if runtime != "none" and not site.container.image:
+        raise PlanError(
+            f"site {site.name} runs programs in {runtime}, but container.image is not set",
+            hint="add `container: {image: …}` to the site config, or set `runtime: none`",
+        )
+    if runtime != "none" and site.scheduler == "local":
+        raise PlanError(
+            f"site {site.name} has scheduler: local and container.runtime: {runtime}; "
+            "local ranks are plain processes",
+            hint="set `container: {runtime: none}` in the site config",
+        )
+    if site.ports.low > site.ports.high:
+        raise PlanError(
+            f"site {site.name} has ports.low {site.ports.low} above ports.high {site.ports.high}",
+            hint="swap the two in the site config",
+        )
+    if site.scheduler == "slurm" and site.slurm.account_required and not site.slurm.account:
+        raise PlanError(
+            f"site {site.name} takes no job without an account",
+            hint="add `--account NAME`, or `slurm: {account: NAME}` to your copy of the site config",
+        )
+
+
+def check_nodes(site: Site, nodes: int, where: str) -> None:
+    most = site.slurm.max_nodes
+    if site.scheduler == "slurm" and most is not None and nodes > most:
+        raise PlanError(
+            f"{where} asks for {nodes} nodes, but a job at site {site.name} may have at most {most}",
+            hint=f"use `--nodes {most}` or fewer",
+        )
+
+
+def check_walltime(site: Site, model: ModelSpec, walltime: int, where: str) -> None:
+    longest = site.slurm.max_walltime
+    if site.scheduler == "slurm" and longest is not None and walltime > longest:
+        raise PlanError(
+            f"{where} is {duration(walltime)}, but a job at site {site.name} may run "
+            f"at most {duration(longest)}",
+            hint=f"use `--walltime {duration(longest)}` or less",
+        )
+    if model.drain >= walltime:
+        raise PlanError(
+            f"drain is {model.drain} s, but the walltime is only {walltime} s: "
+            "the endpoint would refuse every request",
+            hint="lower `drain` in model.yaml, or raise `--walltime`",
+        )
+
+
+def check_kv_path(site: Site, engine: str, nodes: int) -> None:
+    """Prefill and decode on different nodes need a fabric that the engine's transfers can use."""
+    if nodes > 1 and engine == "vllm" and site.network.kind == "slingshot":
+        raise PlanError(
+            f"site {site.name} has a Slingshot network, and NIXL's UCX can't use it: "
+            "KV blocks would not reach the decode nodes",
+            hint="use an `aggregated:` pool in model.yaml; prefill and decode would need NIXL's LIBFABRIC "
+            "plugin with the site's own libfabric (cxi), which hpcserve does not set up",
+        )

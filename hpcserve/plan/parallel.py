@@ -1,0 +1,243 @@
+"""How one engine instance is split over GPUs: derives tensor_parallel and checks the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..config.model import Role, RoleSpec
+from ..errors import PlanError
+from .explain import Notes, count
+
+if TYPE_CHECKING:
+    from ..config.model_facts import ModelFacts
+
+GIB = 1 << 30
+COMFORTABLE = 0.6
+"""Part of a GPU's memory that weights may take when hpcserve chooses; the rest is KV cache."""
+TIGHT = 0.9
+"""Part that weights can take at all: vLLM's default gpu-memory-utilization."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The part of a site that parallel sizes depend on."""
+
+    slots: int
+    """GPUs of a node that one role may use."""
+    gpu_bytes: int | None
+    device: str
+    engine: str
+
+    @property
+    def unit(self) -> str:
+        return "GPU" if self.device == "cuda" else "engine slot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Parallel sizes of every replica of one role."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    expert: bool
+    slots: int
+    """GPUs (or engine slots) of a whole node, to count nodes with."""
+
+    @property
+    def width(self) -> int:
+        """GPUs of one replica."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def span(self) -> int:
+        """Nodes of one replica."""
+        return -(-self.width // self.slots)
+
+    @property
+    def weight_shards(self) -> int:
+        """GPUs that share one copy of the weights."""
+        return self.tensor * self.pipeline * (self.data if self.expert else 1)
+
+    def formula(self) -> str:
+        parts = [f"tensor_parallel {self.tensor}"]
+        parts += [f"pipeline_parallel {self.pipeline}"] if self.pipeline > 1 else []
+        parts += [f"data_parallel {self.data}"] if self.data > 1 else []
+        return " × ".join(parts)
+
+
+def choose_shape(
+    role: Role,
+    spec: RoleSpec,
+    facts: ModelFacts | None,
+    machine: Machine,
+    node_slots: int,
+    notes: Notes,
+    *,
+    partner: int | None = None,
+) -> Shape:
+    """Parallel sizes of a role, with tensor_parallel derived when it is not given.
+
+    `partner` is the tensor_parallel given for the other role when both share one node.
+    """
+    key = f"{role}.tensor_parallel"
+    if spec.tensor_parallel is not None:
+        tensor = spec.tensor_parallel
+        notes.model(key, tensor)
+    elif partner is not None:
+        tensor = partner
+        notes.derived(key, tensor, "as the other role's, which shares the node")
+    else:
+        tensor, reason = _derive_tensor(spec, facts, machine)
+        notes.derived(key, tensor, reason)
+    shape = Shape(
+        tensor=tensor,
+        pipeline=spec.pipeline_parallel,
+        data=spec.data_parallel,
+        expert=spec.expert_parallel,
+        slots=node_slots,
+    )
+    _check_device(role, shape, machine)
+    _check_heads(role, shape, facts)
+    _check_nodes(role, shape, machine)
+    _check_memory(role, shape, facts, machine)
+    return shape
+
+
+def _derive_tensor(spec: RoleSpec, facts: ModelFacts | None, machine: Machine) -> tuple[int, str]:
+    if machine.device == "cpu":
+        return 1, "one process per engine on device cpu"
+    others = spec.pipeline_parallel * spec.data_parallel
+    sizes = [
+        size
+        for size in range(1, machine.slots + 1)
+        if machine.slots % size == 0 and _heads_fit(size, facts) and _fills(size * others, machine.slots)
+    ] or [1]
+    weights = facts.weight_bytes if facts is not None else None
+    if not weights or machine.gpu_bytes is None:
+        unknown = "GPU memory" if weights else "the size of the weights"
+        return sizes[-1], f"{unknown} is not known, so as many of {machine.slots} GPUs as the model allows"
+    for size in sizes:
+        shards = size * spec.pipeline_parallel * (spec.data_parallel if spec.expert_parallel else 1)
+        if size & (size - 1) == 0 and weights / shards <= COMFORTABLE * machine.gpu_bytes:
+            return size, (
+                f"smallest power of two whose GPUs hold {_gib(weights)} of weights in "
+                f"{COMFORTABLE:.0%} of {_gib(machine.gpu_bytes)} each"
+            )
+    return sizes[-1], f"{_gib(weights)} of weights want every GPU there is for one replica"
+
+
+def _fills(width: int, slots: int) -> bool:
+    """Whether replicas of `width` GPUs leave none of a node over."""
+    return slots % width == 0 or width % slots == 0
+
+
+def _check_device(role: Role, shape: Shape, machine: Machine) -> None:
+    if machine.device == "cpu" and shape.width > 1:
+        raise PlanError(
+            f"{role}: {shape.formula()} is {shape.width} processes, but an engine on device cpu is one",
+            hint=f"leave out the parallel sizes of `{role}` and use `replicas` for more engines",
+        )
+
+
+def _heads_fit(tensor: int, facts: ModelFacts | None) -> bool:
+    if facts is None or not facts.num_attention_heads:
+        return True
+    if facts.num_attention_heads % tensor:
+        return False
+    shared = facts.num_key_value_heads
+    return not shared or shared % tensor == 0 or tensor % shared == 0
+
+
+def _check_heads(role: Role, shape: Shape, facts: ModelFacts | None) -> None:
+    if facts is None:
+        return
+    if not _heads_fit(shape.tensor, facts):
+        heads, shared = facts.num_attention_heads or 1, facts.num_key_value_heads
+        what = f"{heads} attention heads" + (f" and {shared} KV heads" if shared else "")
+        allowed = [str(size) for size in range(1, heads + 1) if _heads_fit(size, facts)]
+        raise PlanError(
+            f"{role}.tensor_parallel is {shape.tensor}, but the model has {what}, which do not divide by it",
+            hint=f"set `{role}.tensor_parallel` to one of {', '.join(allowed)}",
+        )
+    layers = facts.num_hidden_layers
+    if layers and shape.pipeline > layers:
+        raise PlanError(
+            f"{role}.pipeline_parallel is {shape.pipeline}, but the model has {layers} layers",
+            hint=f"set `{role}.pipeline_parallel` to {layers} or less",
+        )
+    if shape.expert and not facts.num_experts:
+        raise PlanError(
+            f"{role}.expert_parallel is true, but the model has no experts",
+            hint=f"leave `{role}.expert_parallel` out",
+        )
+
+
+def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
+    """A replica is part of a node, or a whole number of whole nodes."""
+    if shape.width <= machine.slots:
+        return
+    if machine.engine != "vllm":
+        raise PlanError(
+            f"{role}: {shape.formula()} needs {shape.width} GPUs, but engine {machine.engine} "
+            f"runs inside one node, which has {machine.slots}",
+            hint=f"lower the parallel sizes of `{role}` to {machine.slots} GPUs in all",
+        )
+    if machine.slots < shape.slots:
+        raise PlanError(
+            f"{role}: {shape.formula()} needs {shape.width} GPUs, but one node holds prefill and decode, "
+            f"so at most {machine.slots} of its {shape.slots} are left",
+            hint=f"lower the parallel sizes of `{role}`, or use `--nodes 2`",
+        )
+    ranks = shape.tensor * shape.pipeline
+    even = ranks % shape.slots == 0 or shape.slots % ranks == 0
+    if shape.width % shape.slots or not even:
+        idle = shape.span * shape.slots - shape.width
+        wasted = f"{idle} GPUs would idle" if idle else "the ranks don't split evenly over them"
+        raise PlanError(
+            f"{role}: {shape.formula()} needs {shape.width} GPUs, which is {shape.span} nodes of "
+            f"{shape.slots}: {wasted}",
+            hint=f"make tensor_parallel × pipeline_parallel × data_parallel of `{role}` a multiple of "
+            f"{shape.slots}, or at most {shape.slots}",
+        )
+
+
+def _check_memory(role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine) -> None:
+    weights = facts.weight_bytes if facts is not None else None
+    if not weights or machine.gpu_bytes is None or machine.device == "cpu" or machine.engine == "fake":
+        return
+    room = TIGHT * machine.gpu_bytes
+    if weights / shape.weight_shards <= room:
+        return
+    raise PlanError(
+        f"{role}: {_gib(weights)} of weights over {count(shape.weight_shards, 'GPU')} is "
+        f"{_gib(weights / shape.weight_shards)} each, but a GPU has {_gib(machine.gpu_bytes)}",
+        hint=_memory_remedy(role, shape, facts, machine, least=-(-weights // int(room))),
+    )
+
+
+def _memory_remedy(
+    role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine, *, least: int
+) -> str:
+    """What to set so that at least `least` GPUs share the weights."""
+    others = shape.weight_shards // shape.tensor
+    fitting = next(
+        (
+            size
+            for size in range(shape.tensor + 1, 1025)
+            if size * others >= least and _heads_fit(size, facts) and _fills(size, shape.slots)
+        ),
+        None,
+    )
+    if fitting is None:
+        return f"raise `{role}.pipeline_parallel`, or use a quantized model"
+    if machine.slots < fitting <= shape.slots:
+        return (
+            f"use `--nodes 2` and `{role}.tensor_parallel: {fitting}`: one node holds prefill and decode here"
+        )
+    return f"set `{role}.tensor_parallel: {fitting}`"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.1f} GiB"

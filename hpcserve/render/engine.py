@@ -1,0 +1,103 @@
+"""Every engine's command line before any node is known: shell variables stand for what the job finds out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+
+from .. import engines
+from ..engines.base import Engine, EngineCommand, EngineContext
+from ..plan.plan import Plan, ReplicaPlan
+from .quoting import literal, quote
+from .script import python_on_nodes
+
+_VARIABLE = re.compile(
+    r"\$(?:ADDRESS|HEAD_ADDRESS|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC)_PORT)\b"
+)
+
+Placed = tuple[ReplicaPlan, int, EngineCommand]
+"""A replica, one of its nodes (the rank), and the process there."""
+
+
+def engine_commands(plan: Plan, *, python: str | None = None) -> list[Placed]:
+    """Each engine process with `$ADDRESS`, `$HTTP_PORT`, … in the place of what nodes decide.
+
+    Raises ConfigError when `engine_args` or `env` sets what hpcserve sets, so a launch that renders
+    these first fails before sbatch.
+    """
+    engine = engines.get(plan.model.engine)
+    program = "$PYTHON" if python is None else python
+    return [
+        (replica, rank, engine.command(_context(plan, replica, place, engine, program)))
+        for replica in plan.replicas
+        for place, rank in enumerate(replica.nodes)
+    ]
+
+
+def _context(plan: Plan, replica: ReplicaPlan, place: int, engine: Engine, python: str) -> EngineContext:
+    return EngineContext(
+        plan=plan,
+        replica=replica,
+        node=place,
+        address="$ADDRESS",
+        head_address="$ADDRESS" if place == 0 else "$HEAD_ADDRESS",
+        ports={name: f"${name.upper()}_PORT" for name in engine.ports(replica)},
+        model_path=plan.model.model,
+        python=python,
+        scratch="$SCRATCH",
+    )
+
+
+def render_commands(plan: Plan, *, python: str | None = None) -> str:
+    """A shell script to read, or to run by hand node by node after setting the variables at its top.
+
+    Replicas of one role differ in their GPUs only, so a line is printed per process all the same:
+    it is what runs.
+    """
+    placed = engine_commands(plan, python=None)
+    engine = engines.get(plan.model.engine)
+    interpreter = python_on_nodes(plan, python) if python is not None else "python"
+    head = [
+        "# Engines, one command per process. In the job, agents fill these variables in:",
+        "#   ADDRESS       this node's address that the other nodes reach",
+        "#   …_PORT        ports bound on this node",
+        "#   SCRATCH       private directory on this node",
+        "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
+        f"#   {engine.key_variable}  the job key, from secrets/job-key",
+        f"PYTHON={quote(interpreter)}",
+        "",
+    ]
+    return "\n".join([*head, *_blocks(placed)])
+
+
+def _blocks(placed: list[Placed]) -> Iterator[str]:
+    for replica, rank, command in placed:
+        gpus = ",".join(map(str, replica.gpus))
+        yield f"# {replica.name} on node {rank}, slots {gpus}"
+        yield "env \\"
+        for name, value in sorted(command.env.items()):
+            yield f"  {_word(f'{name}={value}')} \\"
+        yield f"  {_arguments(command.argv)}"
+        yield ""
+
+
+def _arguments(argv: tuple[str, ...]) -> str:
+    """A flag and its values on one line."""
+    lines: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(_word(word))
+    return " \\\n    ".join(" ".join(line) for line in lines if line)
+
+
+def _word(word: str) -> str:
+    """Quoted, but with the variables of `_context`, and no others, left to the shell."""
+    if not _VARIABLE.search(word):
+        return shlex.quote(word)
+    done, out = 0, []
+    for match in _VARIABLE.finditer(word):
+        out += [literal(word[done : match.start()]), match.group()]
+        done = match.end()
+    return '"' + "".join([*out, literal(word[done:])]) + '"'

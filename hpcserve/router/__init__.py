@@ -1,0 +1,1 @@
+"""The OpenAI endpoint of a run: takes requests, chooses replicas, carries bytes between them and clients."""

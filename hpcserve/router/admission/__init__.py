@@ -1,0 +1,1 @@
+"""What is let in, and in which order."""

@@ -1,0 +1,1 @@
+"""An engine's stream on its way to the client."""

@@ -1,0 +1,71 @@
+"""Text of the cluster's Slurm configuration files (Slurm 22.05)."""
+
+from __future__ import annotations
+
+from . import paths
+from .namespaces import LOGIN_ADDRESS, Host
+
+GPUS_PER_NODE = 4
+CORES_PER_NODE = 8
+"""More than the machine has: Slurm hands them out, the kernel shares the real ones."""
+
+
+def slurm_conf(hosts: list[Host], login: str) -> str:
+    nodes = "\n".join(
+        f"NodeName={host.name} NodeAddr={host.address} NodeHostname={host.name} Sockets=1 "
+        f"CoresPerSocket={CORES_PER_NODE} ThreadsPerCore=1 RealMemory=20000 Gres=gpu:{GPUS_PER_NODE} "
+        "State=UNKNOWN"
+        for host in hosts
+    )
+    names = ",".join(host.name for host in hosts)
+    return f"""\
+ClusterName=hpcserve-test
+SlurmctldHost={login}({LOGIN_ADDRESS})
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={paths.MUNGE_SOCKET}
+CredType=cred/munge
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={paths.RUN}/state
+SlurmdSpoolDir={paths.RUN}/spool/%n
+SlurmctldPidFile={paths.RUN}/slurmctld.pid
+SlurmdPidFile={paths.RUN}/slurmd-%n.pid
+SlurmctldLogFile={paths.LOGS}/slurmctld.log
+SlurmdLogFile={paths.LOGS}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=30
+KillWait=30
+CompleteWait=0
+MessageTimeout=10
+JobRequeue=0
+MinJobAge=600
+SchedulerParameters=batch_sched_delay=0,defer_batch=0
+PropagateResourceLimitsExcept=MEMLOCK
+{nodes}
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO State=UP
+"""
+
+
+def gres_conf(hosts: list[Host]) -> str:
+    names = ",".join(host.name for host in hosts)
+    return f"AutoDetect=off\nNodeName={names} Name=gpu File={paths.GPUS}/gpu[0-{GPUS_PER_NODE - 1}]\n"
+
+
+def mpi_conf() -> str:
+    """PMIx needs a directory that the nodes do not share."""
+    return "PMIxCliTmpDirBase=/run/pmix\n"
+
+
+def cgroup_conf() -> str:
+    return "CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainDevices=no\n"

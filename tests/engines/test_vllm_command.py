@@ -1,0 +1,213 @@
+"""vLLM's command line and environment for each role, device and size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hpcserve.config.model import RoleSpec
+from hpcserve.config.site import NetworkSite, NodeSite
+from hpcserve.engines.vllm import RESERVED, VLLM
+from hpcserve.errors import ConfigError
+from tests.plan.cases import model, site, tp
+
+from .cases import command, context, flags
+
+PAIR = model(prefill=tp(4), decode=tp(4))
+
+
+def test_prefill_on_gpus() -> None:
+    made = command(PAIR, site(), replica="prefill-1", nodes=2)
+    assert made.argv == (
+        "/opt/bin/python", "-m", "vllm.entrypoints.openai.api_server",
+        "--model", "/models/llama",
+        "--served-model-name", "llama",
+        "--host", "10.0.0.1", "--port", "20001",
+        "--middleware", "hpcserve.engines.vllm_guard.JobKeyGuard",
+        "--disable-access-log-for-endpoints", "/health,/metrics",
+        "--enable-prompt-tokens-details",
+        "--tensor-parallel-size", "4",
+        "--kv-transfer-config",
+        '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda",'
+        '"kv_connector_extra_config":{"kv_lease_duration":30}}',
+        "--kv-events-config",
+        '{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"ipc:///tmp/job/kv.inproc",'
+        '"replay_endpoint":"ipc:///tmp/job/kv-replay.inproc"}',
+        "--shutdown-timeout", "15",
+    )  # fmt: skip
+    assert made.env == {
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
+        "FLASHINFER_WORKSPACE_BASE": "/tmp/job",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/job/inductor",
+        "TRITON_CACHE_DIR": "/tmp/job/triton",
+        "VLLM_CACHE_ROOT": "/tmp/job/vllm",
+        "VLLM_HOST_IP": "10.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "10.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": "20002",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def test_decode_recomputes_blocks_that_do_not_arrive() -> None:
+    argv = command(replace(PAIR, kv_lease=45), site(), replica="decode-0", nodes=2).argv
+    assert json.loads(flags(argv)["--kv-transfer-config"] or "") == {
+        "kv_connector": "NixlConnector",
+        "kv_role": "kv_consumer",
+        "kv_buffer_device": "cuda",
+        "kv_connector_extra_config": {"kv_lease_duration": 45},
+        "kv_load_failure_policy": "recompute",
+    }
+
+
+def test_aggregated_has_no_transfer() -> None:
+    made = command(model(), site(), replica="aggregated-0")
+    assert "--kv-transfer-config" not in made.argv
+    assert not [name for name in made.env if "SIDE_CHANNEL" in name]
+
+
+def test_cpu() -> None:
+    pair = model(prefill=RoleSpec(), decode=RoleSpec(), dtype="float32")
+    made = command(pair, site(gpus=0), replica="decode-0", nodes=2, cpus=(2, 3))
+    assert flags(made.argv)["--dtype"] == "float32"
+    assert json.loads(flags(made.argv)["--kv-transfer-config"] or "")["kv_buffer_device"] == "cpu"
+    assert made.env["VLLM_TARGET_DEVICE"] == "cpu"
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
+    assert made.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in made.env
+
+
+def test_gpus_go_by_the_names_the_node_has_for_them() -> None:
+    names = tuple(f"GPU-{letter}" for letter in "abcdefgh")
+    made = command(PAIR, site(), replica="prefill-1", nodes=2, gpu_names=names)
+    assert made.env["CUDA_VISIBLE_DEVICES"] == "GPU-e,GPU-f,GPU-g,GPU-h"
+
+
+def test_a_replica_over_two_nodes() -> None:
+    wide = model(aggregated=tp(8, pipeline_parallel=2))
+    head = flags(command(wide, site(), replica="aggregated-0", nodes=2).argv)
+    assert (head["--nnodes"], head["--node-rank"], head["--master-addr"]) == ("2", "0", "10.0.0.1")
+    assert "--headless" not in head
+    second = command(wide, site(), replica="aggregated-0", nodes=2, node=1)
+    assert second.argv[2:6] == ("vllm.entrypoints.cli.main", "serve", "/models/llama", "--headless")
+    other = flags(second.argv)
+    assert (other["--node-rank"], other["--master-addr"]) == ("1", "10.0.0.1")
+    assert other["--master-port"] == head["--master-port"]
+    assert "--port" not in other and "--middleware" not in other
+    assert second.env["VLLM_HOST_IP"] == "10.0.0.2"
+    same = {"--tensor-parallel-size", "--pipeline-parallel-size", "--nnodes", "--master-addr"}
+    assert {flag: head[flag] for flag in same} == {flag: other[flag] for flag in same}
+
+
+def test_data_parallel_ranks_over_two_nodes() -> None:
+    spec = model(prefill=tp(4, data_parallel=4, expert_parallel=True), decode=tp(8))
+    made = context(spec, site(), replica="prefill-0", nodes=3)
+    assert VLLM().ports(made.replica) == {
+        "http": 1, "side_channel": 4, "master": 1, "dp_rpc": 1,
+    }  # fmt: skip
+    found = flags(VLLM().command(made).argv)
+    assert found["--data-parallel-size"] == "4"
+    assert found["--data-parallel-address"] == "10.0.0.1"
+    assert found["--data-parallel-rpc-port"] == made.ports["dp_rpc"]
+    assert found["--enable-expert-parallel"] is None
+    assert VLLM.shared_ports <= set(made.ports)
+
+
+def test_top_level_keys_become_flags() -> None:
+    spec = model(revision="abc", dtype="bfloat16", quantization="fp8", max_model_len=4096, served_name="m")
+    found = flags(command(spec, site(), replica="aggregated-0").argv)
+    assert found["--revision"] == "abc"
+    assert found["--dtype"] == "bfloat16"
+    assert found["--quantization"] == "fp8"
+    assert found["--max-model-len"] == "4096"
+    assert found["--served-model-name"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, ["--x-y"]),
+        (False, ["--no-x-y"]),
+        (256, ["--x-y", "256"]),
+        (0.9, ["--x-y", "0.9"]),
+        (-1, ["--x-y=-1"]),
+        ("auto", ["--x-y", "auto"]),
+        ({"a": {"b": 1}}, ["--x-y", '{"a":{"b":1}}']),
+        (["a", 1], ["--x-y", "a", "1"]),
+        ([{"a": 1}], ["--x-y", '{"a":1}']),
+        (None, []),
+    ],
+)
+@pytest.mark.parametrize("name", ["x-y", "x_y"])
+def test_engine_args_become_flags(name: str, value: Any, words: list[str]) -> None:
+    argv = command(model(engine_args={name: value}), site(), replica="aggregated-0").argv
+    end = argv.index("--shutdown-timeout") + 2
+    assert list(argv[end:]) == words
+
+
+def test_engine_args_of_the_pool_win_and_can_unset() -> None:
+    spec = model(
+        engine_args={"max_num_seqs": 64, "enforce-eager": True, "block-size": 32},
+        prefill=tp(4, engine_args={"max-num-seqs": 8, "enforce_eager": None}),
+        decode=tp(4),
+    )
+    prefill = command(spec, site(), replica="prefill-0", nodes=2).argv
+    decode = command(spec, site(), replica="decode-0", nodes=2).argv
+    assert flags(prefill)["--max-num-seqs"] == "8"
+    assert "--enforce-eager" not in prefill
+    assert flags(decode)["--max-num-seqs"] == "64"
+    assert "--enforce-eager" in decode
+    assert flags(prefill)["--block-size"] == "32"
+
+
+@pytest.mark.parametrize("flag", sorted(RESERVED))
+def test_flags_that_hpcserve_sets_are_refused(flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        command(model(engine_args={flag: "x"}), site(), replica="aggregated-0")
+    assert caught.value.message == f"engine_args.{flag}: hpcserve sets `--{flag}` of vLLM itself"
+    assert caught.value.hint == RESERVED[flag]
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("--port", "port"),
+        ("api_key", "api-key"),
+        ("kv_transfer_config.kv_role", "kv-transfer-config"),
+        ("no-enable-expert-parallel", "enable-expert-parallel"),
+        ("served-model", "served-model-name"),
+    ],
+)
+def test_other_spellings_are_refused_too(name: str, flag: str) -> None:
+    spec = model(prefill=tp(4, engine_args={name: "x"}), decode=tp(4))
+    with pytest.raises(ConfigError, match=rf"^prefill\.engine_args\.{name}: hpcserve sets `--{flag}`"):
+        command(spec, site(), replica="prefill-0", nodes=2)
+
+
+@pytest.mark.parametrize("name", ["VLLM_API_KEY", "CUDA_VISIBLE_DEVICES", "VLLM_NIXL_SIDE_CHANNEL_PORT"])
+def test_variables_that_hpcserve_sets_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^env\.{name}: "):
+        command(model(env={name: "x"}), site(), replica="aggregated-0")
+
+
+def test_environment_from_the_vague_to_the_certain() -> None:
+    here = replace(
+        site(network="ethernet"),
+        network=NetworkSite(kind="infiniband", env={"B": "site", "C": "site", "D": "site"}),
+        node=NodeSite(gpus=8, internet=True),
+    )
+    spec = model(env={"C": "model", "D": "model"}, aggregated=RoleSpec(env={"D": "pool"}))
+    found = {"A": "node", "B": "node"}
+    env = command(spec, here, replica="aggregated-0", fabric_env=found).env
+    assert [env[name] for name in "ABCD"] == ["node", "site", "model", "pool"]
+    assert "HF_HUB_OFFLINE" not in env
+
+
+def test_no_secret_is_in_the_command() -> None:
+    made = command(PAIR, site(), replica="prefill-0", nodes=2)
+    assert VLLM.key_variable not in made.env
+    assert not [word for word in made.argv if "api-key" in word]

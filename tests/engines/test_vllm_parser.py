@@ -1,0 +1,82 @@
+"""The real vLLM accepts what the adapter makes. One subprocess: vLLM takes long to import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from hpcserve.config.model import RoleSpec
+from tests.plan.cases import model, site, tp
+
+from .cases import command
+
+READ = """
+import json, sys
+from vllm.config import KVTransferConfig
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.middleware import register
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+read = []
+for argv in json.load(sys.stdin):
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    transfer = args.kv_transfer_config
+    assert transfer is None or isinstance(transfer, KVTransferConfig), transfer
+    read.append({
+        "host": args.host, "port": args.port, "model": args.model, "tag": args.model_tag,
+        "headless": args.headless, "nnodes": args.nnodes, "middleware": args.middleware,
+        "served": args.served_model_name, "shutdown": args.shutdown_timeout,
+        "role": transfer and transfer.kv_role, "seqs": args.max_num_seqs,
+        "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
+    })
+print("READ" + json.dumps(read))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_reads_every_command_line() -> None:
+    options = {
+        "max-num-seqs": 64, "enforce_eager": True, "enable_prefix_caching": False, "hf-overrides": {"a": 1},
+    }  # fmt: skip
+    pair = model(
+        prefill=RoleSpec(), decode=RoleSpec(), dtype="float32", max_model_len=2048, engine_args=options
+    )
+    wide = model(prefill=tp(4, data_parallel=4, expert_parallel=True), decode=tp(8))
+    made = [
+        command(pair, site(gpus=0), replica="prefill-0", nodes=2),
+        command(pair, site(gpus=0), replica="decode-0", nodes=2),
+        command(wide, site(), replica="prefill-0", nodes=3),
+        command(wide, site(), replica="prefill-0", nodes=3, node=1),
+        command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
+    ]
+    # `serve` is the name of a subcommand; its parser reads the rest.
+    argvs = [[word for word in each.argv[3:] if word != "serve"] for each in made]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ],
+        input=json.dumps(argvs),
+        env={**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("READ")]
+    prefill, decode, head, second, alone = json.loads(line.removeprefix("READ"))
+    assert (prefill["role"], decode["role"], alone["role"]) == ("kv_producer", "kv_consumer", None)
+    assert (prefill["host"], prefill["port"], prefill["model"]) == ("10.0.0.1", 20001, "/models/llama")
+    assert prefill["middleware"] == ["hpcserve.engines.vllm_guard.JobKeyGuard"]
+    assert prefill["served"] == ["llama"]
+    assert (prefill["seqs"], prefill["prefix"], prefill["overrides"]) == (64, False, {"a": 1})
+    assert (head["nnodes"], head["headless"], second["headless"], second["tag"]) == (
+        2,
+        False,
+        True,
+        "/models/llama",
+    )

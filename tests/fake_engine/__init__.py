@@ -1,0 +1,1 @@
+"""The fake engine as clients, routers and other engines see it."""

@@ -1,0 +1,66 @@
+"""The job scripts under sbatch/ that are worth reading: `python -m tests.render.golden --write`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from hpcserve.config.model import ModelSpec, RoleSpec, WorkloadSpec
+from hpcserve.plan.plan import Plan
+from hpcserve.render.engine import render_commands
+from hpcserve.render.script import render_script
+
+from .cases import PYTHON, contained, pair, plan, shipped
+
+DIRECTORY = Path(__file__).parents[2] / "sbatch"
+
+
+def plans() -> dict[str, Plan]:
+    """File name without suffix -> what it shows."""
+    long_prompts = WorkloadSpec(input_tokens=6000, output_tokens=500)
+    wide = RoleSpec(tensor_parallel=8)
+    return {
+        "dgx-h100-8-pyxis": plan(
+            contained(shipped("dgx-h100"), "pyxis"),
+            model=pair(workload=long_prompts, walltime=4 * 3600),
+            nodes=8,
+        ),
+        "dgx-h100-2-apptainer": plan(contained(shipped("dgx-h100"), "apptainer"), model=pair(), nodes=2),
+        "gb200-nvl72-18-pyxis": plan(
+            contained(shipped("gb200-nvl72"), "pyxis"),
+            model=ModelSpec(
+                model="/models/DeepSeek-R1",
+                prefill=replace(wide, nodes=6),
+                decode=replace(wide, data_parallel=1, expert_parallel=True, nodes=12),
+            ),
+            nodes=18,
+        ),
+        "generic-slurm-2": plan(shipped("generic-slurm"), model=pair(), nodes=2),
+        "local-2": plan(shipped("local"), model=pair(engine="fake"), nodes=2),
+    }
+
+
+def files() -> dict[str, str]:
+    """Name below sbatch/ -> text."""
+    texts = {}
+    for name, what in plans().items():
+        run_dir = Path("/scratch/alice/hpcserve") / what.name
+        texts[f"{name}.sh"] = render_script(what, run_dir, python=PYTHON)
+    texts["dgx-h100-8-pyxis.engines.sh"] = render_commands(plans()["dgx-h100-8-pyxis"], python=PYTHON)
+    return texts
+
+
+def main(argv: list[str]) -> int:
+    if argv != ["--write"]:
+        print("usage: python -m tests.render.golden --write", file=sys.stderr)
+        return 2
+    DIRECTORY.mkdir(exist_ok=True)
+    for name, text in files().items():
+        (DIRECTORY / name).write_text(text, encoding="utf-8")
+        print(DIRECTORY / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

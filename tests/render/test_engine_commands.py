@@ -1,0 +1,61 @@
+"""The dry run's engine commands: what runs, with shell variables for what nodes decide."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hpcserve.config.model import ModelSpec, RoleSpec
+from hpcserve.errors import ConfigError
+from hpcserve.render.engine import engine_commands, render_commands
+
+from .cases import dgx, pair, plan
+
+
+def test_one_command_per_process_of_a_replica() -> None:
+    model = ModelSpec(model="/m", prefill=RoleSpec(tensor_parallel=16), decode=RoleSpec(tensor_parallel=8))
+    made = engine_commands(plan(dgx(), model=model, nodes=3))
+    assert [(replica.name, rank) for replica, rank, _ in made] == [
+        ("prefill-0", 0),
+        ("prefill-0", 1),
+        ("decode-0", 2),
+    ]
+    assert "$HEAD_ADDRESS" in made[1][2].argv
+    assert "--headless" in made[1][2].argv
+
+
+def test_a_forbidden_flag_is_found_before_anything_is_submitted() -> None:
+    with pytest.raises(ConfigError, match=r"engine_args\.port"):
+        engine_commands(plan(dgx(), model=pair(engine_args={"port": 1}), nodes=2))
+
+
+def test_commands_run_by_hand_with_their_variables_and_no_others(tmp_path: Path) -> None:
+    """Executes the printed shell with a program that writes down what it was given."""
+    (tmp_path / "python it's").write_text(
+        "#!/usr/bin/env python3\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], {k: os.environ.get(k) for k in ('ODD', 'VLLM_HOST_IP')}]))\n"
+    )
+    (tmp_path / "python it's").chmod(0o755)
+    model = ModelSpec(
+        model="/m/it's", prefill=RoleSpec(), decode=RoleSpec(), env={"ODD": "$HOME `id` \"x\" $PORT"},
+        engine_args={"chat-template": "$(id)"},
+    )  # fmt: skip
+    text = render_commands(plan(dgx(), model=model, nodes=2), python=str(tmp_path / "python it's"))
+    values = {"ADDRESS": "10.0.0.1", "HTTP_PORT": "1", "SIDE_CHANNEL_PORT": "2", "SCRATCH": "/tmp/a b"}
+    done = subprocess.run(
+        ["bash", "-eu", "-c", text],
+        env={"PATH": os.environ["PATH"], **values},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    argv, env = json.loads(done.stdout.splitlines()[0])
+    assert env == {"ODD": '$HOME `id` "x" $PORT', "VLLM_HOST_IP": "10.0.0.1"}
+    assert argv[argv.index("--model") + 1] == "/m/it's"
+    assert argv[argv.index("--chat-template") + 1] == "$(id)"
+    assert argv[argv.index("--port") + 1] == "1"
+    assert len(done.stdout.splitlines()) == 2
