@@ -58,6 +58,7 @@ test-clients: venv clients ## aiperf, guidellm, lm-eval and the official clients
 
 check: venv ## Style, types and generated files, without running a test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_reference.py --check
 	$(BIN)/python docs/generate_cli.py --check

@@ -29,9 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # "argument --nodes: invalid int value: 'x'" -> "--nodes: …"
-        raise UsageError(
-            re.sub(r"^argument ", "", message), hint=f"see `{self.prog} --help`"
-        )
+        raise UsageError(re.sub(r"^argument ", "", message), hint=f"see `{self.prog} --help`")
 
     def _unknown(self, word: str) -> UsageError:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

@@ -22,8 +22,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {
-                "site": {"name": prepared.site.value.name, "file": prepared.site.file,
-                         "where": prepared.site.where},
+                "site": {
+                    "name": prepared.site.value.name,
+                    "file": prepared.site.file,
+                    "where": prepared.site.where,
+                },
                 "values": [to_json(note) for note in notes],
             }
         )

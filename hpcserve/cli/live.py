@@ -123,9 +123,7 @@ def follow(run: Run, plan: Plan, shown: View) -> Progress:
     """Look until the launch is READY or over. Raises SlurmError when asking can't work."""
     job_id = run.record.job_id or ""
     local = run.record.scheduler == "local"
-    watch = Watch(
-        slurm.get("local" if local else "slurm"), [job_id], shortest=0.5 if local else 2.0
-    )
+    watch = Watch(slurm.get("local" if local else "slurm"), [job_id], shortest=0.5 if local else 2.0)
     progress = begin(plan, run.record.created)
     offset = 0
     over_since: float | None = None

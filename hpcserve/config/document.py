@@ -242,9 +242,7 @@ class _Builder:
                 raise ConfigError(f"{at}: a key must be a plain word", hint="Write `key: value`.")
             key = event.value
             if key == "<<":
-                raise ConfigError(
-                    f"{at}: merge keys (`<<`) are not supported", hint="Write the keys out."
-                )
+                raise ConfigError(f"{at}: merge keys (`<<`) are not supported", hint="Write the keys out.")
             if key in entries:
                 raise ConfigError(
                     f"{at}: key '{key}' is given twice, first at {entries[key].origin}",

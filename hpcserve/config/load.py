@@ -66,9 +66,7 @@ def set_value(table: Table, override: str) -> Table:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise ConfigError(
-            f"--set {override}: must be KEY=VALUE", hint="For example --set decode.replicas=2."
-        )
+        raise ConfigError(f"--set {override}: must be KEY=VALUE", hint="For example --set decode.replicas=2.")
     return _set(table, keys, parse_value(text, f"--set {name}"), done="")
 
 
@@ -129,9 +127,7 @@ class _Reader:
                 )
         return section(**values)
 
-    def _unknown(
-        self, name: str, origin: str, keys: Mapping[str, Declared], prefix: str
-    ) -> ConfigError:
+    def _unknown(self, name: str, origin: str, keys: Mapping[str, Declared], prefix: str) -> ConfigError:
         close = nearest(name, keys) or nearest(name.replace("-", "_"), keys)
         if close:
             hint = f"Did you mean '{prefix}{close}'?"

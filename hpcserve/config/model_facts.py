@@ -76,8 +76,7 @@ def _require_model(directory: Path, model: str) -> None:
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"model: {model} holds no config.json",
-            hint="Give the directory with the model's config.json; in a hub cache that is "
-            "snapshots/COMMIT.",
+            hint="Give the directory with the model's config.json; in a hub cache that is snapshots/COMMIT.",
         )
 
 

@@ -20,9 +20,7 @@ class Provenance:
     """Where a section's facts come from."""
 
     source: str = key("URL, document or command the facts were read from.", "")
-    checked: str = key(
-        "Date of the last comparison, YYYY-MM-DD.", "", pattern=r"|\d{4}-\d{2}-\d{2}"
-    )
+    checked: str = key("Date of the last comparison, YYYY-MM-DD.", "", pattern=r"|\d{4}-\d{2}-\d{2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +133,7 @@ class SetupSite(Provenance):
 
     modules: tuple[str, ...] = key("`module load` names, in order.", ())
     script: str = key("Bash lines run before hpcserve, such as activating an environment.", "", kind="text")
-    python: str = key(
-        "Python that has hpcserve; the one that runs `hpcserve launch` when empty.", ""
-    )
+    python: str = key("Python that has hpcserve; the one that runs `hpcserve launch` when empty.", "")
     env: Mapping[str, str] = key("Environment of the whole job.", factory=dict)
 
 

@@ -118,9 +118,7 @@ def _named(name: str, where: str, files: Mapping[str, tuple[Path, ...]]) -> _Cho
     return _Choice(path=files[name][0], where=where)
 
 
-def _by_hostname(
-    hostname: str, files: Mapping[str, tuple[Path, ...]], environ: Mapping[str, str]
-) -> _Choice:
+def _by_hostname(hostname: str, files: Mapping[str, tuple[Path, ...]], environ: Mapping[str, str]) -> _Choice:
     """The site whose `match.hostnames` fits. Directories are taken in order, because a user's site
     that extends a group's inherits its host names, and the user's is meant."""
     for directory in site_directories(environ):
@@ -172,9 +170,7 @@ def _read(path: Path, files: Mapping[str, tuple[Path, ...]], above: tuple[Path, 
     return merge(Table(entries=inherited, origin=below.origin), table)
 
 
-def _base(
-    extends: Node, path: Path, files: Mapping[str, tuple[Path, ...]], above: tuple[Path, ...]
-) -> Path:
+def _base(extends: Node, path: Path, files: Mapping[str, tuple[Path, ...]], above: tuple[Path, ...]) -> Path:
     """The file behind `extends`. A site may extend the one it hides: the next of the same name."""
     if not isinstance(extends, Scalar) or not extends.text:
         raise ConfigError(

@@ -70,9 +70,7 @@ class Landing:
         """`worker` answered no stream of text; statuses in `failed` are its failures."""
         self._delivery.expect(self._asked, self._flight.keep)
         take_over = self._router.runner.take_over
-        self._run(
-            partial(take_over, self._call, self._demand, self._delivery, worker, failed, response)
-        )
+        self._run(partial(take_over, self._call, self._demand, self._delivery, worker, failed, response))
 
     def _run(self, work: _Work) -> None:
         self._call.exchange.hand_over(partial(self._answer, work))

@@ -13,10 +13,15 @@ _REFUSALS: tuple[tuple[str, str], ...] = (
         "name an account you belong to with --account (`sacctmgr show assoc user=$USER`), "
         "and a partition it may use with --partition",
     ),
-    (r"[Ii]nvalid partition|partition .* (does not exist|unknown)", "list the partitions with `sinfo -s` "
-     "and choose one with --partition"),
-    (r"[Ii]nvalid qos|QOS .* not (valid|permitted)", "change `slurm.qos` of the site, or --set "
-     "site.slurm.qos; `sacctmgr show assoc user=$USER format=account,qos` lists yours"),
+    (
+        r"[Ii]nvalid partition|partition .* (does not exist|unknown)",
+        "list the partitions with `sinfo -s` and choose one with --partition",
+    ),
+    (
+        r"[Ii]nvalid qos|QOS .* not (valid|permitted)",
+        "change `slurm.qos` of the site, or --set "
+        "site.slurm.qos; `sacctmgr show assoc user=$USER format=account,qos` lists yours",
+    ),
     (
         r"QOSMax\w*Wall|time limit (is )?invalid|exceeds .*time limit|[Rr]equested time limit",
         "ask for less with --walltime; `sinfo -o '%P %l'` shows each partition's limit",
@@ -41,21 +46,33 @@ _REFUSALS: tuple[tuple[str, str], ...] = (
         "site; `sinfo -o '%P %G'` shows its names",
     ),
     (r"[Ii]nvalid feature", "change `slurm.constraint` of the site; `sinfo -o '%P %f'` lists the features"),
-    (r"[Rr]equested reservation is invalid|reservation .*(invalid|denied)",
-     "change `slurm.reservation` of the site; `scontrol show reservation` lists them"),
-    (r"[Mm]emory specification can not be satisfied",
-     "lower `slurm.memory` of the site, or set it to `0` for all of a node's memory"),
-    (r"unrecognized option|[Ii]nvalid option|unknown option",
-     "this Slurm does not know an option of the script: look at `slurm.extra` and `slurm.segment` "
-     "of the site"),
-    (r"[Aa]ccess/permission denied|not permitted|[Uu]ser not allowed",
-     "you may not use this partition or account: ask the site, or choose with --partition and --account"),
+    (
+        r"[Rr]equested reservation is invalid|reservation .*(invalid|denied)",
+        "change `slurm.reservation` of the site; `scontrol show reservation` lists them",
+    ),
+    (
+        r"[Mm]emory specification can not be satisfied",
+        "lower `slurm.memory` of the site, or set it to `0` for all of a node's memory",
+    ),
+    (
+        r"unrecognized option|[Ii]nvalid option|unknown option",
+        "this Slurm does not know an option of the script: look at `slurm.extra` and `slurm.segment` "
+        "of the site",
+    ),
+    (
+        r"[Aa]ccess/permission denied|not permitted|[Uu]ser not allowed",
+        "you may not use this partition or account: ask the site, or choose with --partition and --account",
+    ),
     (r"submit rate|Job dependency problem|[Jj]ob submission rate", "wait a minute and launch again"),
-    (r"[Uu]nable to contact slurm controller|[Ss]ocket timed out|Connection refused|"
-     r"Transport endpoint|slurmctld.*down|[Zz]ero Bytes were transmitted",
-     "Slurm's controller does not answer: `scontrol ping` shows its state; try again later"),
-    (r"Invalid user|authentication|[Mm]unge|credential",
-     "this host can't authenticate to Slurm: launch from a login node of the cluster"),
+    (
+        r"[Uu]nable to contact slurm controller|[Ss]ocket timed out|Connection refused|"
+        r"Transport endpoint|slurmctld.*down|[Zz]ero Bytes were transmitted",
+        "Slurm's controller does not answer: `scontrol ping` shows its state; try again later",
+    ),
+    (
+        r"Invalid user|authentication|[Mm]unge|credential",
+        "this host can't authenticate to Slurm: launch from a login node of the cluster",
+    ),
 )
 
 _DOWN = re.compile(

@@ -80,9 +80,7 @@ _REASONS: dict[str, Pending] = {
     "DependencyNeverSatisfied": Pending(
         words="the job it depends on failed", remedy=f"{_CHANGE}out that dependency", never=True
     ),
-    "JobHeldUser": Pending(
-        words="you hold it", remedy="release it: `scontrol release JOB`", never=True
-    ),
+    "JobHeldUser": Pending(words="you hold it", remedy="release it: `scontrol release JOB`", never=True),
     "JobHeldAdmin": Pending(
         words="an administrator holds it", remedy="ask the site's support why", never=True
     ),
@@ -122,9 +120,7 @@ _REASONS: dict[str, Pending] = {
         remedy=f"{_CHANGE} another --account or --partition",
         never=True,
     ),
-    "InvalidQOS": Pending(
-        words="its QOS is not valid", remedy="change `slurm.qos` of the site", never=True
-    ),
+    "InvalidQOS": Pending(words="its QOS is not valid", remedy="change `slurm.qos` of the site", never=True),
     "QOSNotAllowed": Pending(
         words="its QOS may not use this partition", remedy="change `slurm.qos` of the site", never=True
     ),

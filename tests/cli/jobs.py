@@ -46,10 +46,18 @@ def becomes_ready(url: str = "http://127.0.0.1:20000/v1", **fields: Any) -> str:
         {"event": "job-started", "node": "n1", "slurm_job_id": "42", "end_time": time.time() + 3600},
         {"event": "rendezvous", "transport": "mpi", "ranks": 4, "seconds": 0.5},
         {"event": "warning", "message": "KV blocks cross TCP", "hint": "see docs"},
-        *({"event": "engine-ready", "replica": name, "url": "http://x", "seconds": 1.0} for name in
-          ("prefill-0", "prefill-1", "decode-0", "decode-1")),
-        {"event": "kv-path", "prefill": "prefill-0", "decode": "decode-0", "bytes": 4096, "seconds": 0.1,
-         "ok": True},
+        *(
+            {"event": "engine-ready", "replica": name, "url": "http://x", "seconds": 1.0}
+            for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")
+        ),
+        {
+            "event": "kv-path",
+            "prefill": "prefill-0",
+            "decode": "decode-0",
+            "bytes": 4096,
+            "seconds": 0.1,
+            "ok": True,
+        },
         {"event": "first-token", "seconds": 0.2},
         {"event": "ready", "seconds": 1.5, "url": url},
     )

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import DEADLINE
+
 # Without mpirun, which would take half of each row's time; the rows about MPI put it back.
 NO_MPI = "slurm: {mpi: none}\n"
 ONE = "model: org/tiny\nengine: fake\naggregated: {}\n"
@@ -115,7 +117,7 @@ class User:
                 found.append(f"{entry.name} {words[:200]!r}")
         return found
 
-    def wait_until_nothing_runs(self, seconds: float = 30.0) -> None:
+    def wait_until_nothing_runs(self, seconds: float = DEADLINE) -> None:
         deadline = time.monotonic() + seconds
         while left := self.processes():
             assert time.monotonic() < deadline, left
@@ -178,7 +180,7 @@ def rank_1_never_comes(user: User) -> None:
     user.python(
         'if [ "$3" = rendezvous ]; then\n'
         '  if [ "$HPCSERVE_RANK" = 1 ]; then exit 0; fi\n'
-        "  set -- \"$@\" --timeout 3\n"
+        '  set -- "$@" --timeout 3\n'
         "fi"
     )
 
@@ -187,10 +189,7 @@ def loses_the_directory(user: User) -> None:
     # Root may write everywhere, unless it gives that up.
     drop = "setpriv --inh-caps=-all --bounding-set=-all" if os.geteuid() == 0 else ""
     user.python(
-        'if [ "$3" = head ]; then\n'
-        '  chmod 500 "$HPCSERVE_RUN_DIR"\n'
-        f'  exec {drop} {sys.executable} "$@"\n'
-        "fi"
+        f'if [ "$3" = head ]; then\n  chmod 500 "$HPCSERVE_RUN_DIR"\n  exec {drop} {sys.executable} "$@"\nfi'
     )
 
 
@@ -350,9 +349,7 @@ def rows(
         return Launched(user, user("launch", "--name", "bad", "model.yaml"))
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {
-            bad.what: pool.submit(launch, user, bad) for user, bad in zip(users, chosen, strict=True)
-        }
+        yield {bad.what: pool.submit(launch, user, bad) for user, bad in zip(users, chosen, strict=True)}
         pool.shutdown(cancel_futures=True)
     for user in users:
         user.leave()

@@ -112,8 +112,14 @@ def test_an_engine_that_died_while_loading_is_shown_with_its_cause() -> None:
         launched(),
         [
             *WAY_TO_READY[:8],
-            at(70, "engine-died", replica="decode-0", cause="out-of-memory",
-               message="decode-0 ran out of GPU memory", restart_in=4),
+            at(
+                70,
+                "engine-died",
+                replica="decode-0",
+                cause="out-of-memory",
+                message="decode-0 ran out of GPU memory",
+                restart_in=4,
+            ),
         ],
     )
     assert "decode-0 died: decode-0 ran out of GPU memory, starts again in 4 s" in current(dying).text

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import DEADLINE
+
 from .conftest import World
 
 MODEL = "model: org/tiny\nengine: fake\nprefill: {nodes: 2}\ndecode: {nodes: 2}\n"
@@ -33,7 +35,7 @@ def processes_of(path: Path) -> list[str]:
     return found
 
 
-def nothing_left(path: Path, seconds: float = 20.0) -> bool:
+def nothing_left(path: Path, seconds: float = DEADLINE) -> bool:
     deadline = time.monotonic() + seconds
     while processes_of(path):
         if time.monotonic() > deadline:

@@ -17,8 +17,7 @@ import pytest
 import requests
 
 from hpcserve.cli.main import main
-
-DEADLINE = 30.0
+from tests.patience import DEADLINE
 
 
 class _Engine(ThreadingHTTPServer):

@@ -113,10 +113,28 @@ def test_status_comes_from_the_controller(world: World) -> None:
     status = {
         "state": "ready",
         "replicas": [
-            {"name": "decode-0", "state": "ready", "node": "n3", "restarts": 2, "url": "http://10.0.0.3:1",
-             "failure": None, "progress": None, "in_rotation": True, "reason": None},
-            {"name": "decode-1", "state": "lost", "node": "n4", "restarts": 0, "url": None,
-             "failure": None, "progress": None, "in_rotation": False, "reason": "no heartbeat from n4"},
+            {
+                "name": "decode-0",
+                "state": "ready",
+                "node": "n3",
+                "restarts": 2,
+                "url": "http://10.0.0.3:1",
+                "failure": None,
+                "progress": None,
+                "in_rotation": True,
+                "reason": None,
+            },
+            {
+                "name": "decode-1",
+                "state": "lost",
+                "node": "n4",
+                "restarts": 0,
+                "url": None,
+                "failure": None,
+                "progress": None,
+                "in_rotation": False,
+                "reason": "no heartbeat from n4",
+            },
         ],
     }
     with answering(secret(world, "job-key"), status) as (port, asked):

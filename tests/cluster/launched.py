@@ -12,6 +12,8 @@ from typing import Any
 
 import requests
 
+from tests.patience import DEADLINE
+
 from . import paths
 from .testbed import Testbed, wait_for
 
@@ -83,7 +85,7 @@ class Launched:
         events = [json.loads(line) for line in lines]
         return [event for event in events if name is None or event["event"] == name]
 
-    def wait_ready(self, seconds: float = 60) -> None:
+    def wait_ready(self, seconds: float = DEADLINE) -> None:
         """Wait for READY; a failed run fails at once, with its own words."""
 
         def ready() -> bool:
@@ -131,8 +133,8 @@ class Launched:
         query = ("squeue", "--noheader", "--jobs", self.job_id, "--states=PENDING,RUNNING,COMPLETING")
         return not self.launches.cluster.slurm(*query, check=False).strip()
 
-    def wait_gone(self, seconds: float = 60) -> None:
-        wait_for(self.gone, seconds=seconds, what=f"job {self.job_id} to end", state=self.logs)
+    def wait_gone(self) -> None:
+        wait_for(self.gone, what=f"job {self.job_id} to end", state=self.logs)
 
     def node_of(self, replica: str) -> str:
         """Name of the node that carries a replica."""

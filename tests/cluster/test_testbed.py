@@ -61,7 +61,7 @@ def test_a_cut_link_isolates_a_node_until_it_is_restored(cluster: Testbed) -> No
     cluster.cut_link("n2")
     assert not reachable()
     cluster.restore_link("n2")
-    wait_for(reachable, seconds=10, what="n2 to answer again")
+    wait_for(reachable, what="n2 to answer again")
 
 
 def test_a_job_with_no_kill_outlives_one_of_its_nodes(cluster: Testbed) -> None:
@@ -70,7 +70,7 @@ def test_a_job_with_no_kill_outlives_one_of_its_nodes(cluster: Testbed) -> None:
     home = cluster.home("hsuser")
     sbatch = ["sbatch", "--parsable", "--no-kill", "--nodelist=n1,n2", f"--output={home}/job.log"]
     job = cluster.as_user("hsuser", [*sbatch, f"--wrap={step}"]).stdout.strip()
-    wait_for((home / "alive-n2").exists, seconds=20, what="the step to run on n2")
+    wait_for((home / "alive-n2").exists, what="the step to run on n2")
 
     cluster.kill_node("n2")
     assert not cluster.is_up("n2")
@@ -79,7 +79,7 @@ def test_a_job_with_no_kill_outlives_one_of_its_nodes(cluster: Testbed) -> None:
         state=cluster.node_states,
     )  # fmt: skip
     before = (home / "alive-n1").read_text()
-    wait_for(lambda: (home / "alive-n1").read_text() > before, seconds=10, what="n1 to go on")
+    wait_for(lambda: (home / "alive-n1").read_text() > before, what="n1 to go on")
     assert cluster.slurm("squeue", "--noheader", "--jobs", job, "--format=%T").strip() == "RUNNING"
 
     cluster.start_node("n2")

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tests.patience import DEADLINE
+
 from . import namespaces, paths, processes, slurm_conf, users
 from .namespaces import Host
 
@@ -155,7 +157,7 @@ class Testbed:
         host = self.host(name)
         if power_cut:
             self.cut_link(name)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + DEADLINE
         while alive := namespaces.processes(host):
             processes.kill(alive)
             if time.monotonic() > deadline:
@@ -229,21 +231,21 @@ class Testbed:
         rows = self.slurm("sinfo", "--noheader", "--Node", "--format=%N %t").split("\n")
         return {name: state for name, state in (row.split() for row in rows if row)}
 
-    def wait_until_idle(self, *names: str, seconds: float = 60) -> None:
+    def wait_until_idle(self, *names: str) -> None:
         wanted = names or tuple(host.name for host in self.hosts)
 
         def idle() -> bool:
             states = self.node_states()
             return all(states[name] == "idle" for name in wanted)
 
-        wait_for(idle, seconds=seconds, what=f"nodes {', '.join(wanted)} to be idle", state=self.node_states)
+        wait_for(idle, what=f"nodes {', '.join(wanted)} to be idle", state=self.node_states)
 
     def cancel_jobs(self) -> None:
         """Cancel all jobs and wait until their nodes are free again."""
         for user in users.USERS:
             self.slurm("scancel", "--user", user)
         wait_for(
-            lambda: not self.slurm("squeue", "--noheader"), seconds=60, what="the queue to empty",
+            lambda: not self.slurm("squeue", "--noheader"), what="the queue to empty",
             state=lambda: self.slurm("squeue"),
         )  # fmt: skip
 
@@ -251,8 +253,8 @@ class Testbed:
 def wait_for(
     condition: Callable[[], object],
     *,
-    seconds: float,
     what: str,
+    seconds: float = DEADLINE,
     state: Callable[[], object] = lambda: "",
     pause: float = 0.1,
 ) -> None:
@@ -300,7 +302,7 @@ def up(nodes: int = 4) -> Testbed:
         _daemons_live(hosts)
         return "DOWN" not in testbed.slurm("scontrol", "ping", check=False)
 
-    wait_for(ready, seconds=30, what="slurmctld to answer")
+    wait_for(ready, what="slurmctld to answer")
     testbed.wait_until_idle()
     return testbed
 
@@ -377,7 +379,7 @@ def _start_munge() -> None:
         ],
         _root_environment(),
     )  # fmt: skip
-    wait_for(paths.MUNGE_SOCKET.exists, seconds=10, what="munged's socket")
+    wait_for(paths.MUNGE_SOCKET.exists, what="munged's socket")
 
 
 def _daemons_live(hosts: list[Host]) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import requests
 
+from tests.patience import DEADLINE
+
 KEY_VARIABLE = "FAKE_ENGINE_API_KEY"
-DEADLINE = 60.0
 
 
 def wait_until(condition: Callable[[], Any], what: str) -> Any:

@@ -8,9 +8,9 @@ import pytest
 
 from hpcserve.http.client import Pool
 from hpcserve.http.server import Handler, Server, serve
+from tests.patience import DEADLINE
 
 Serve = Callable[..., Awaitable[Server]]
-DEADLINE = 10.0
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:

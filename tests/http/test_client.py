@@ -10,6 +10,7 @@ import pytest
 
 from hpcserve.http.client import Pool, UpstreamError
 from hpcserve.http.server import Exchange
+from tests.patience import DEADLINE
 
 from .conftest import until
 
@@ -74,7 +75,7 @@ async def test_tasks_that_hand_connections_to_each_other_all_get_their_own_answe
             body = f"{name}.{i}".encode()
             assert await (await pool.request("POST", url, body=body)).read(100) == body
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE):
         await asyncio.gather(*(ask(name) for name in range(8)))
     assert pool.open_connections <= 8
 
@@ -90,7 +91,7 @@ async def test_cancelling_a_request_that_was_just_answered_disturbs_no_other(sta
         body = str(name).encode()
         assert await (await pool.request("POST", url, body=body)).read(100) == body
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE):
         for i in range(200):
             first, second = asyncio.create_task(ask(1)), asyncio.create_task(ask(2))
             for _ in range(i % 20):

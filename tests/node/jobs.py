@@ -13,6 +13,7 @@ from typing import Any
 from hpcserve.plan.plan import Plan
 from hpcserve.rundir.atomic import read_json
 from hpcserve.rundir.layout import RunDir
+from tests.patience import DEADLINE
 
 from .runs import environment, events, finish, make_run, node_program, start, wait_for
 
@@ -53,7 +54,7 @@ class Job:
             if process is not None:
                 process.wait(10)
 
-    def wait(self, name: str, seconds: float = 60, **fields: Any) -> dict[str, Any]:
+    def wait(self, name: str, seconds: float = DEADLINE, **fields: Any) -> dict[str, Any]:
         """The first event of that name with those fields; fails early when the run failed."""
 
         def look() -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from hpcserve.plan.plan import Plan, ReplicaPlan
 from hpcserve.rundir.atomic import write_json, write_text
 from hpcserve.rundir.events import read_events
 from hpcserve.rundir.layout import RunDir
+from tests.patience import DEADLINE
 
 
 def replica(name: str, *nodes: int, gpus: tuple[int, ...] = (0,)) -> ReplicaPlan:
@@ -114,7 +115,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, st
     return process.returncode, output or ""
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
     """The first truthy value of `condition`; fails the test when none comes in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -24,6 +24,7 @@ from hpcserve.node.discovery.facts import Roster
 from hpcserve.node.head.controller import Controller, Desk
 from hpcserve.node.inputs import Inputs, load_inputs
 from hpcserve.rundir.atomic import write_json
+from tests.patience import DEADLINE
 
 from .runs import environment, make_plan, make_run, replica
 from .test_registry import registry
@@ -136,7 +137,7 @@ def test_the_scratch_directory_goes_with_an_agent_that_is_killed(tmp_path: Path)
     agent.kill()
     agent.wait(10)
     agent.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + DEADLINE
     while scratch.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

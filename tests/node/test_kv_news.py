@@ -19,8 +19,7 @@ from hpcserve.node.head.controller import Controller, Desk
 from hpcserve.router.control import KVEvents
 from hpcserve.router.kv.residency import Residency
 from tests.engines.kv_events.publishers import Engine
-
-DEADLINE = 30.0
+from tests.patience import DEADLINE
 
 
 class Replica:

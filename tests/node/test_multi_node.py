@@ -16,6 +16,7 @@ from hpcserve.node.agent.engine_launch import Leader, RunningEngine
 from hpcserve.node.agent.replica_process import Patience, ReplicaProcess
 from hpcserve.node.calls import Calls
 from hpcserve.node.head.registry import Heartbeat, Registry
+from tests.patience import DEADLINE
 
 from .runs import replica
 from .test_registry import beat, registry
@@ -41,9 +42,7 @@ class Follower(ChildLauncher):
     def leader(self) -> Leader | None:
         return self.leaders.get(NAME)
 
-    def launch(
-        self, generation: int, leader: Leader | None, on_line: Callable[[str], None]
-    ) -> RunningEngine:
+    def launch(self, generation: int, leader: Leader | None, on_line: Callable[[str], None]) -> RunningEngine:
         assert leader is not None
         assert leader.ports
         self.followed.append(generation)
@@ -80,17 +79,17 @@ class Pair:
             await asyncio.sleep(0.02)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + DEADLINE
         while not condition():
             assert time.monotonic() < deadline, [process.snapshot() for process in self.processes]
             await asyncio.sleep(0.02)
 
     def running(self, generation: int) -> bool:
         head, follower = (process.snapshot() for process in self.processes)
-        return (
-            (head["state"], head["generation"]) == ("ready", generation)
-            and (follower["state"], follower["generation"]) == ("loading", generation)
-        )
+        return (head["state"], head["generation"]) == ("ready", generation) and (
+            follower["state"],
+            follower["generation"],
+        ) == ("loading", generation)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from hpcserve.node.agent.log_pump import LogPump
 from hpcserve.node.agent.replica_process import Patience, ReplicaProcess
 from hpcserve.node.calls import Calls
 from hpcserve.node.ports import PortRange, hold
+from tests.patience import DEADLINE
 
 CHILD = Path(__file__).with_name("child.py")
 QUICK = Patience(
@@ -42,9 +43,7 @@ class ChildLauncher:
     def leader(self) -> Leader | None:
         return None
 
-    def launch(
-        self, generation: int, leader: Leader | None, on_line: Callable[[str], None]
-    ) -> RunningEngine:
+    def launch(self, generation: int, leader: Leader | None, on_line: Callable[[str], None]) -> RunningEngine:
         ports = PortRange(low=28000, high=28999, seed=f"{self.directory} {generation}")
         with hold(ports, "127.0.0.1") as held:
             port = held.first
@@ -97,7 +96,7 @@ async def supervised(
 
 
 async def until(replica: ReplicaProcess, state: str, generation: int = 0) -> dict[str, object]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + DEADLINE
     while True:
         seen = replica.snapshot()
         if seen["state"] == state and seen["generation"] >= generation:
@@ -208,7 +207,7 @@ def test_the_keeper_kills_what_a_killed_agent_leaves(tmp_path: Path) -> None:
         agent.kill()
         agent.wait(10)
         agent.stdout.close()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + DEADLINE
         while alive(kept):
             assert time.monotonic() < deadline
             time.sleep(0.02)

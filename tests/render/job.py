@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import DEADLINE
+
 STUB = Path(__file__).with_name("stub.sh")
-DEADLINE = 60.0
 """Seconds after which a script is called stuck; nothing waits for it to pass."""
 
 

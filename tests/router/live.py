@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-DEADLINE = 20.0
+from tests.patience import DEADLINE
+
 Json = dict[str, Any]
 
 

@@ -16,8 +16,8 @@ from hpcserve.router.app import Router
 from hpcserve.router.config import RouterConfig, WorkerSpec
 from hpcserve.router.control import Table
 from hpcserve.router.workers import Worker
+from tests.patience import DEADLINE
 
-DEADLINE = 10.0
 KEY = "sk-client"
 JOB_KEY = "job-secret"
 Json = dict[str, Any]

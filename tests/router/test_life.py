@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from hpcserve.http.errors import UpstreamError
+from tests.patience import DEADLINE
 
 from .stubs import Exchange, Seen, answer_with, drop, hang, sse, until
 
@@ -164,7 +165,7 @@ async def test_worker_lost_mid_stream_ends_the_stream_with_an_error_event(start,
     else:
         specs = [msgspec.structs.replace(broken.spec, generation=1)]
         bench.router.table.update([*(s.spec for s in bench.stubs.values() if s is not broken), *specs])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         data += await response.read(10_000)
     cut.set()
     *events, error = sse(data)

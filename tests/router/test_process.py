@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import requests
 
-DEADLINE = 20.0
+from tests.patience import DEADLINE
+
 KEY = "sk-1234"
 
 

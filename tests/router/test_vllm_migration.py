@@ -17,6 +17,7 @@ import pytest
 from hpcserve.http.client import Pool
 from hpcserve.http.errors import UpstreamError
 from tests.models import smollm2
+from tests.patience import DEADLINE
 
 from .live import LiveRouter, worker
 from .migration.field import Answer, Json, free_port
@@ -98,7 +99,7 @@ class Pair:
         raw = msgspec.json.encode({"model": "smollm2", "temperature": 0, "max_tokens": TOKENS, **body})
         headers = [(b"content-type", b"application/json")]
         url = f"http://127.0.0.1:{self.router.port}{path}"
-        async with asyncio.timeout(200):
+        async with asyncio.timeout(2 * DEADLINE):
             response = await self.pool.request("POST", url, headers=headers, body=raw)
             answer.status = response.status
             held = b""
@@ -162,7 +163,7 @@ async def test_eight_streams_survive_the_death_of_an_engine_word_for_word(pair: 
         asyncio.create_task(pair.ask(path, body, answer))
         for (path, body), answer in zip(asked, answers, strict=True)
     ]
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(2 * DEADLINE):
         while not all(answer.tokens >= 8 for answer in answers):  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.05)
     assert sum(not answer.done for answer in answers) >= 6

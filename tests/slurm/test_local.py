@@ -11,9 +11,10 @@ import pytest
 from hpcserve.errors import SlurmError
 from hpcserve.slurm import local
 from hpcserve.slurm.local import LocalScheduler, job_processes
+from tests.patience import DEADLINE
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition never became true"

@@ -59,8 +59,10 @@ def test_variables_that_would_change_the_job_do_not_reach_sbatch(fake: FakeSlurm
             "limit of your account or QOS",
         ),
         ("QOSMaxWallDurationPerJobLimit", "--walltime"),
-        ("Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
-         "--walltime"),
+        (
+            "Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+            "--walltime",
+        ),
         ("Batch job submission failed: Node count specification invalid", "--nodes"),
         ("Batch job submission failed: Requested node configuration is not available", "sinfo -o"),
         ("Batch job submission failed: Invalid generic resource (gres) specification", "slurm.gpu_request"),
@@ -149,7 +151,11 @@ def test_cancelling_a_job_that_is_over_is_no_error(fake: FakeSlurm) -> None:
 
 
 def test_a_cancel_that_is_denied_is_an_error(fake: FakeSlurm) -> None:
-    fake.says("scancel", "", error="scancel: error: Kill job error on job id 42: "
-              "Access/permission denied\n", status=1)
+    fake.says(
+        "scancel",
+        "",
+        error="scancel: error: Kill job error on job id 42: Access/permission denied\n",
+        status=1,
+    )
     with pytest.raises(SlurmError, match="permission denied"):
         scheduler(fake).cancel("42", force=True)

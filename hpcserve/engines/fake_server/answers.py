@@ -49,9 +49,7 @@ class WholeAnswer:
             self._exchange.respond(error.status, _encode(error.body()))
         else:
             answers = [sequence for sequence, _ in ordered]
-            body = responses.whole(
-                self._generation, self._created, answers, finals, details=self._details
-            )
+            body = responses.whole(self._generation, self._created, answers, finals, details=self._details)
             self._exchange.respond(200, _encode(body))
         if not self.done.done():
             self.done.set_result(None)

@@ -36,7 +36,6 @@ class Bodies:
         self.held += size
         return Held(self, size)
 
-
     def take(self, size: int) -> bool:
         """Room for a body that is here already; `give_back()` ends it. False: there is none."""
         if self.held + size > self._limit and self.held:

@@ -103,7 +103,5 @@ class SeenPairs(msgspec.Struct, frozen=True, gc=False):
         own, other = self.own, self.other
         for second, first, transfer in zip(own.readings, other.readings, self.transfers, strict=True):
             assert second is not None
-            found.append(
-                own.candidate(second) if first is None else own.pair(second, other, first, transfer)
-            )
+            found.append(own.candidate(second) if first is None else own.pair(second, other, first, transfer))
         return tuple(found)

@@ -15,6 +15,7 @@ from .generated import GeneratedStream
 
 log = logging.getLogger(__name__)
 
+
 def compiled() -> Any | None:
     """The module `pump`; None, with a warning, where it was not compiled or its source has changed: then
     streams go by way of the event loop."""

@@ -19,8 +19,7 @@ from hpcserve.bench.router.compare import compare
 from hpcserve.bench.router.measure import Generator, Load, engines
 from hpcserve.bench.router.peers import find
 from hpcserve.errors import UsageError
-
-DEADLINE = 30.0
+from tests.patience import DEADLINE
 
 
 @pytest.fixture(scope="module")

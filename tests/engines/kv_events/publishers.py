@@ -12,8 +12,8 @@ from hpcserve.engines.kv_events.endpoints import EventEndpoint
 from hpcserve.engines.kv_events.messages import KvMessage, unpack
 from hpcserve.engines.kv_events.reader import KvEventReader
 from hpcserve.engines.kv_events.units import space, token_bytes, units_of
+from tests.patience import DEADLINE
 
-DEADLINE = 30.0
 BLOCK = 64
 
 

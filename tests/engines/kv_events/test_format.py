@@ -19,6 +19,7 @@ from hpcserve.engines.kv_events.format import (
     decode,
 )
 from hpcserve.engines.kv_events.reader import KvEventReader
+from tests.patience import DEADLINE
 
 STORED = {
     "type": "BlockStored", "block_hashes": [7, 8], "parent_block_hash": 6, "token_ids": [1, 2, 3, 4],
@@ -166,7 +167,7 @@ async def test_vllms_own_publisher_is_followed(tmp_path_factory: pytest.TempPath
         publisher.publish(vllm.KVEventBatch(ts=1.0, events=[stored]))
         reader.start()
         told_units = 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE):
             while told_units < 2 or not reader.live:
                 await reader.changed.wait()
                 reader.changed.clear()

@@ -21,8 +21,8 @@ from hpcserve.http.client import Pool
 from hpcserve.http.errors import UpstreamError
 from hpcserve.router.keys.store import KeyStore
 from hpcserve.router.keys.usage_file import RunUsage, read_all
+from tests.patience import DEADLINE
 
-DEADLINE = 60.0
 _WORDS = ["alpha", "bravo", "delta", "gamma", "omega", "sigma", "theta", "kappa"]
 
 

@@ -18,6 +18,7 @@ from hpcserve.http.exchange import Exchange
 from hpcserve.router.keys.identity import ANYONE, RUN, Identity
 from hpcserve.router.keys.keyring import KeyRing
 from hpcserve.router.keys.store import KeyStore, id_of
+from tests.patience import DEADLINE
 
 
 class Head:
@@ -179,7 +180,7 @@ async def test_a_running_router_notices_by_itself(
     exchange: Exchange = Head(x_api_key="hs-secret")  # type: ignore[assignment]
     ring.identify(exchange)
     create("alice")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while not list(ring.identities()):  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.01)
     await ring.close()

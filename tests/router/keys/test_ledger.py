@@ -11,6 +11,7 @@ import pytest
 from hpcserve.router.keys.ledger import Ledger
 from hpcserve.router.keys.report import report
 from hpcserve.router.keys.usage_file import HOUR, UsageConfig, read, read_all
+from tests.patience import DEADLINE
 
 START = 1_800_000_000 // HOUR * HOUR
 ALICE, BOB = ("ka", "alice"), ("kb", "bob")
@@ -146,7 +147,7 @@ async def test_relays_are_told_totals_at_first_and_when_they_change(
     before.close()
     ledger, told = opened(tmp_path, clock), []
     work = asyncio.create_task(ledger.run(busy=lambda: True, tell=lambda totals: told.append(dict(totals))))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE):
         while not told:  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.005)
         ledger.add([item(ALICE, 3, 0)])

@@ -21,8 +21,8 @@ from hpcserve.router.demand import Demand
 from hpcserve.router.kv.residency import Residency
 from hpcserve.router.prompt import Prompts
 from tests.fake_engine.running import FakeEngine
+from tests.patience import DEADLINE
 
-DEADLINE = 60.0
 WORDS = [f"{a}{b}" for a in ("ba", "ki", "lo", "mu", "ne") for b in ("ran", "sel", "tip", "vok", "zun")]
 
 

@@ -19,6 +19,7 @@ from hpcserve.router.kv.learning import Learning
 from hpcserve.router.kv.match import Match, levels
 from hpcserve.router.kv.residency import IN_FLIGHT, SILENT_SECONDS, SILENT_TOKENS, Residency
 from hpcserve.router.kv.translation import Translation
+from tests.patience import DEADLINE
 
 CHUNK_TOKENS = 256.0
 TOKENS = [(i * 31) % 50_000 for i in range(20 * 256)]
@@ -319,7 +320,7 @@ async def test_prompts_are_learned_after_the_fact_and_in_turn(caplog: pytest.Log
     learning.put(demand((1, 2, 3)), b"no ids")
     learning.put(demand(), ids())
     assert residency.stats()["translations"] == 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE):
         while residency.stats()["translations"] < 20:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert "prompt_token_ids" in caplog.text

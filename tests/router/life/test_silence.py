@@ -9,6 +9,7 @@ import signal
 import msgspec
 import pytest
 
+from tests.patience import DEADLINE
 from tests.router.live import worker
 from tests.router.migration.field import Answer, Json
 
@@ -103,7 +104,7 @@ async def test_worker_stopped_before_its_first_byte_is_replaced(field, stream):
         assert answer.whole
         return answer.text
 
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(DEADLINE):
         texts = await asyncio.gather(*((streamed if stream else whole)(body) for body in asked))
     for text, body in zip(texts, asked, strict=True):
         assert text == (await running.expected("/v1/completions", body))["choices"][0]["text"]

@@ -14,6 +14,7 @@ import msgspec
 
 from hpcserve.http.client import Pool
 from tests.fake_engine.running import FakeEngine
+from tests.patience import DEADLINE
 from tests.router.live import LiveRouter, worker
 
 JOB_KEY = "job-key"
@@ -192,9 +193,9 @@ class Field:
                         total += float(row.rpartition(" ")[2])
         return total
 
-    async def until_idle(self, seconds: float) -> None:
+    async def until_idle(self) -> None:
         """The engines' own count of running requests becomes zero."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(DEADLINE):
             while await self.running():  # noqa: ASYNC110 - engines can only be asked
                 await asyncio.sleep(0.02)
 

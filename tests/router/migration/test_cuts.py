@@ -8,6 +8,7 @@ import pytest
 
 from hpcserve.router.config import WorkerSpec
 from hpcserve.router.control import Table
+from tests.patience import DEADLINE
 from tests.router.conftest import start
 
 from .field import JOB_KEY, Answer, Field, Json
@@ -147,7 +148,7 @@ async def test_stream_that_has_only_named_its_role_starts_again_unnoticed(field)
         asyncio.create_task(running.stream(CHAT, body, answer))
         for body, answer in zip(asked, answers, strict=True)
     ]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE):
         while not all(answer.roles for answer in answers):  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.005)
     assert not any(answer.text for answer in answers)

@@ -8,6 +8,8 @@ import signal
 import msgspec
 import pytest
 
+from tests.patience import DEADLINE
+
 from .field import Answer, Field, Json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -177,7 +179,7 @@ async def test_answers_that_are_no_streams_are_asked_for_again(field):
         return str(answer["choices"][0]["message"]["content"])
 
     tasks = [asyncio.create_task(ask(body)) for body in raws]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE):
         while await running.running() < 15:  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.02)
     running.kill("decode-1")

@@ -103,7 +103,7 @@ def reference(events: list[bytes], *, wants_ids: bool, chat: bool) -> tuple[byte
     return b"".join(out), stream
 
 
-ODD = ["", "\"", "\\", "\"},\"logprobs\":", "\"token_ids\":[1", "\n\n", "é", "🙂"]
+ODD = ["", '"', "\\", '"},"logprobs":', '"token_ids":[1', "\n\n", "é", "🙂"]
 TEXT = st.text(max_size=12) | st.sampled_from(ODD)
 IDS = st.none() | st.lists(st.integers(0, 200_000), max_size=4)
 

@@ -11,10 +11,9 @@ from tests.http.answers import Replies, Reply, read_reply
 from tests.http.corpus import ALL, BODIES
 from tests.http.corpus.case import NEXT, Case, Got, get
 from tests.http.fuzz_requests import same_body
+from tests.patience import DEADLINE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-DEADLINE = 10.0
 
 
 async def _exchange(port: int, pieces: list[bytes], methods: list[str], *, to_end: bool) -> list[Reply]:

@@ -10,10 +10,10 @@ import pytest
 from tests.http.answers import Broken, Replies, Reply, read_reply
 from tests.http.corpus.responses import AND_MORE, BAD, GOOD, Answer
 from tests.http.recorder import Script, Seen, echo
+from tests.patience import DEADLINE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DEADLINE = 10.0
 ERROR_EVENT = re.compile(rb'data: \{"error":[^\n]*\n\n\Z')
 
 

@@ -11,11 +11,11 @@ import pytest_asyncio
 from hpcserve.http.server import Exchange, Limits, bind, serve
 from tests.http.answers import Replies, read_reply
 from tests.http.recorder import Script
+from tests.patience import DEADLINE
 from tests.router.live import LiveRouter, worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DEADLINE = 10.0
 ASK = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -150,7 +150,7 @@ async def test_client_that_reads_slowly_but_steadily_gets_all():
     loop = asyncio.get_running_loop()
     got = 0
     try:
-        async with asyncio.timeout(3 * DEADLINE):
+        async with asyncio.timeout(DEADLINE):
             while got < size:
                 data = await loop.sock_recv(sock, 1 << 18)
                 assert data, f"cut after {got} bytes"
