@@ -307,7 +307,8 @@ class Connection(asyncio.Protocol):
             else:
                 exchange.fail_with(HttpError(500, "internal error"))
         else:
-            if not exchange.finished and not exchange.gone:
+            # With an owner it goes on by callbacks.
+            if not exchange.finished and not exchange.gone and exchange.owner is None:
                 log.error("the handler of %s %s left it unanswered", exchange.method, exchange.path)
                 exchange.abort()
 

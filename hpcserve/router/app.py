@@ -176,7 +176,8 @@ class Router:
         except RecursionError:
             refusals.answer(exchange, request_id, calls.too_deep())
         finally:
-            self.account.answered(route.path, exchange.status or 499)
+            if exchange.owner is None:
+                self.account.answered(route.path, exchange.status or 499)
 
     async def _answer(self, exchange: Exchange, route: Route, request_id: str) -> None:
         if route is routes.HEALTH:
@@ -197,11 +198,15 @@ class Router:
             return
         self._check_serving()
         self.began()
+        self.requests += 1
         try:
             with self.admission.body(exchange, self.config.max_body) as held:
                 arrived = asyncio.get_running_loop().time()
+                came_whole = exchange.request_complete
                 body = await exchange.body(self.config.max_body)
                 held.read(len(body))
+                if not came_whole and self.fast_path.take(exchange):
+                    return
                 await self._serve(exchange, route, request_id, identity, body, arrived)
         finally:
             self.ended()
@@ -209,7 +214,6 @@ class Router:
     def began(self) -> None:
         """One more request is in flight."""
         self.in_flight += 1
-        self.requests += 1
         self.idle.clear()
 
     def ended(self) -> None:

@@ -1,8 +1,9 @@
-"""The usual request, answered by callbacks: it came whole, wants one stream of text, and need not wait.
+"""The usual request, answered by callbacks: it wants one stream of text, and need not wait.
 
 Tasks, futures and timers cost more than all that the router has to decide. So a request that can be sent to a
-worker at once goes there as a Flight. Any other one, or one whose flight fails, is answered by a task as
-`app.py` and `runner.py` do; nothing is decided here that is not decided there in the same way.
+worker at once, once it is whole, goes there as a Flight. Any other one, or one whose flight fails, is
+answered by a task as `app.py` and `runner.py` do; nothing is decided here that is not decided there in the
+same way.
 """
 
 from __future__ import annotations
@@ -56,8 +57,15 @@ class FastPath:
             self.pump = Pumping(module, self.loop)
         self._watch()
 
+    def quick(self, exchange: Exchange) -> bool:
+        """Answer this request, which came whole; False: nothing was done about it, and a task must."""
+        taken = self.take(exchange)
+        if taken:
+            self.router.requests += 1
+        return taken
+
     def take(self, exchange: Exchange) -> bool:
-        """Answer this request, which is whole; False: nothing was done about it, and a task must."""
+        """Answer this request, which is whole and was counted; False: nothing was done about it."""
         route = _ROUTES.get(exchange.path)
         if route is None or exchange.method != "POST" or self.router.state != "ready":
             return False

@@ -94,7 +94,7 @@ class Relay:
             self._listening.append(
                 await server.serve(
                     self._router.handle,
-                    quick=self._router.fast_path.take,
+                    quick=self._router.fast_path.quick,
                     sock=sock,
                     cancel_on_disconnect=True,
                     tls=spoken,

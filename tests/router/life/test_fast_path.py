@@ -10,7 +10,7 @@ import pytest
 
 from hpcserve.http.exchange import Exchange
 from hpcserve.router import fast_path
-from tests.router.stubs import Bench, Seen, answer_with, sse, until
+from tests.router.stubs import KEY, Bench, Seen, answer_with, sse, until
 
 STREAM = {"model": "toy", "prompt": "a b c d", "max_tokens": 4, "stream": True}
 CHAT = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -236,3 +236,54 @@ async def test_a_prefill_worker_without_kv_leaves_the_prompt_to_decode(start):
     assert (await bench.ask("/v1/completions", STREAM))[0] == 200
     assert bench.metric('hpcserve_router_kv_legs_total{result="local",reason="no_kv"}') == 1
     await until(lambda: idle(bench), "the end of all bookkeeping")
+
+
+async def send_in_pieces(
+    bench: Bench, body: bytes, pieces: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request whose body comes in `pieces` but the last, with its writer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", bench.server.port)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n\r\n"
+    )
+    writer.write(head.format(KEY, len(body)).encode())
+    step = -(-len(body) // pieces)
+    for at in range(0, len(body) - step, step):
+        writer.write(body[at : at + step])
+        await writer.drain()
+        await asyncio.sleep(0.02)
+    return reader, writer
+
+
+async def test_a_body_that_comes_in_pieces_flies_once_it_is_whole(start):
+    bench = await start("aggregated-0")
+    bench["aggregated-0"].behave = writes(40)
+    body = msgspec.json.encode(STREAM | {"prompt": "a long prompt " * 10_000})
+    reader, writer = await send_in_pieces(bench, body, 4)
+    assert not bench.router.fast_path.flights
+    assert bench.router.in_flight == 1
+    writer.write(body[3 * -(-len(body) // 4) :])
+    await until(lambda: bench.router.fast_path.flights, "the flight")
+    data = await reader.readuntil(b"0\r\n\r\n")
+    assert data.count(b'"text":') == 41
+    assert bench.router.requests == 1
+    assert bench.metric('hpcserve_router_requests_total{route="/v1/completions",status="200"}') == 1
+    # The connection serves on.
+    bench["aggregated-0"].behave = writes(3)
+    small = msgspec.json.encode(STREAM)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n" % KEY.encode())
+    writer.write(b"Content-Length: %d\r\n\r\n" % len(small) + small)
+    assert (await reader.readuntil(b"0\r\n\r\n")).count(b'"text":') == 4
+    writer.close()
+    await until(lambda: idle(bench), "the end of all bookkeeping")
+
+
+async def test_who_leaves_in_the_middle_of_a_body_leaves_nothing(start):
+    bench = await start("aggregated-0")
+    body = msgspec.json.encode(STREAM | {"prompt": "a long prompt " * 10_000})
+    _, writer = await send_in_pieces(bench, body, 4)
+    assert bench.router.admission.bodies.held
+    writer.transport.abort()
+    await until(lambda: idle(bench), "the end of all bookkeeping")
+    assert bench.metric('hpcserve_router_cancelled_total{route="/v1/completions"}') == 1
+    assert bench["aggregated-0"].seen == []
