@@ -22,7 +22,7 @@ from .config.model_facts import is_local, read_facts
 from .config.site import Site
 from .config.sites import find_site, site_files
 from .errors import HpcserveError, StorageError
-from .plan.plan import Plan
+from .plan.plan import BatchPlan, Plan
 from .plan.planner import make_plan
 from .plan.request import PlanRequest
 from .rundir.atomic import storage_error, write_text
@@ -54,6 +54,7 @@ class LaunchRequest:
     partition: str | None = None
     site: str | None = None
     overrides: tuple[str, ...] = ()
+    batch: BatchPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ def prepare(request: LaunchRequest, environ: Mapping[str, str], hostname: str) -
             name=request.name,
             account=request.account,
             partition=request.partition,
+            batch=request.batch,
             origins={**model.origins, **{f"site.{name}": where for name, where in site.origins.items()}},
         )
     )

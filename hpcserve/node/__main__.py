@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--timeout", type=float, default=RENDEZVOUS_TIMEOUT, help="seconds to wait for all ranks"
             )
         if name == "close":
-            stages = ("stop-file", "rendezvous", "serving")
+            stages = ("stop-file", "batch-check", "rendezvous", "serving")
             program.add_argument("--stage", choices=stages, required=True, help="how far the job came")
             program.add_argument("--status", type=int, required=True, help="the job script's exit status")
             program.add_argument("--signalled", action="store_true", help="the job script was told to end")

@@ -47,6 +47,16 @@ class ReplicaPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """The dataset that a job is for; it ends with it."""
+
+    output: str
+    """Absolute path of the directory that the batch was planned in, on a file system of all nodes."""
+    max_error_rate: float
+    """0 to 1: part of the results that may be errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A whole job. Node ranks are 0 … nodes-1 and rank 0 is the head node."""
 
@@ -64,6 +74,8 @@ class Plan:
     ready_timeout: int
     """Seconds."""
     replicas: tuple[ReplicaPlan, ...]
+    batch: BatchPlan | None = None
+    """None: it serves whoever has a key, until its walltime ends."""
     explanations: tuple[Explanation, ...] = ()
 
     @property

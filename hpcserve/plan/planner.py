@@ -64,6 +64,7 @@ def make_plan(request: PlanRequest) -> Plan:
         walltime=walltime,
         ready_timeout=ready_timeout,
         replicas=tuple(placed),
+        batch=request.batch,
         explanations=notes.all(),
     )
 

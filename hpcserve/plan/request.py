@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..config.model import ModelSpec
 from ..config.site import Site
+from .plan import BatchPlan
 
 if TYPE_CHECKING:
     from ..config.model_facts import ModelFacts
@@ -31,6 +32,7 @@ class PlanRequest:
     name: str | None = None
     account: str | None = None
     partition: str | None = None
+    batch: BatchPlan | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
     """Dotted key of model.yaml (`prefill.nodes`) or, behind `site.`, of the site config
     (`site.slurm.partition`) -> where it was set: `model.yaml:4`, `--set`, `HPCSERVE_SITE`."""

@@ -33,7 +33,7 @@ _HOP_BY_HOP = frozenset(
 _REQUEST_ONLY = frozenset(
     {
         b"host", b"authorization", b"x-api-key", b"expect", b"accept-encoding", b"x-hpcserve-explain",
-        b"x-hpcserve-priority",
+        b"x-hpcserve-priority", b"x-hpcserve-retries",
     }
 )  # fmt: skip
 _NOT_FOR_ENGINES = _HOP_BY_HOP | _REQUEST_ONLY
@@ -41,6 +41,8 @@ REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"request-id", b"x-t
 """Where a client may have put its name for a request; the first that has one counts."""
 _REQUEST_ID_HEADERS = frozenset(REQUEST_ID_HEADERS)
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,200}")
+
+_RETRIES = re.compile(rb"[0-9]{1,3}")
 
 _TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 _TRANSFER_MEMBERS = frozenset({*_TRANSFERS, "vllm_xargs"})
@@ -91,6 +93,19 @@ class Call:
         self.decisions.append(decision)
         if self.ticket is not None:
             self.ticket.placed(decision.uncached_tokens)
+
+    def attempts(self, most: int) -> int:
+        """How many workers may be asked, one after the other: at `most`, or as few as the client wants.
+
+        A client whose request may be what kills engines (a batch) decides itself when it tries again. Raises
+        HttpError 400 for a header that is no number.
+        """
+        asked = self.exchange.header(b"x-hpcserve-retries")
+        if asked is None:
+            return most
+        if not _RETRIES.fullmatch(asked):
+            raise HttpError(400, "the header x-hpcserve-retries must be a whole number of up to three digits")
+        return min(most, int(asked) + 1)
 
     def begin(self, headers: Iterable[Header] = ()) -> list[Header]:
         """The answer begins: headers for the client, an engine's less those of its connection, and ours."""

@@ -104,7 +104,8 @@ class TwoLegs:
         prompt: _Prompt | None = None
         patience = self._legs.first_byte_timeout if call.streams else None
         now = asyncio.get_running_loop().time
-        for attempt in range(first, self._legs.attempts):
+        attempts = call.attempts(self._legs.attempts)
+        for attempt in range(first, attempts):
             if not call.serving.with_role("decode"):
                 break
             if prompt is None or not prompt.usable(now()):
@@ -179,7 +180,7 @@ class TwoLegs:
                 if reason is None:
                     reason, warning = self._why_local(bool(prefill), failed)
                 return self._local(call, body, decision, reason, warning)
-            if len(failed) >= self._legs.attempts:
+            if len(failed) >= call.attempts(self._legs.attempts):
                 reason, warning = "prefill_failed", "no prefill replica answered"
                 continue
             if failed:
@@ -193,7 +194,10 @@ class TwoLegs:
                     replace(whole, body=leg), worker, decision, answer,
                     first_byte_timeout=self._legs.first_byte_timeout, failed=PREFILL_FAILED,
                 )  # fmt: skip
-            except LegFailure:
+            except LegFailure as failure:
+                if call.attempts(self._legs.attempts) == 1:
+                    # Computing the prompt on decode would be another try.
+                    raise failure.http_error() from failure
                 failed.add(worker)
                 continue
             return self._take(call, body, decision, worker, answer)

@@ -285,7 +285,7 @@ class Runner:
         if failure is not None:
             tried.add(failure.worker)
         patience = self.legs.first_byte_timeout if call.streams else None
-        for attempt in range(0 if failure is None else 1, self.legs.attempts):
+        for attempt in range(0 if failure is None else 1, call.attempts(self.legs.attempts)):
             now = asyncio.get_running_loop().time()
             decision = self._placer.place(demand, answering=call.serving.answering, tried=tried, now=now)
             if decision is None:

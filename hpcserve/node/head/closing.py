@@ -16,7 +16,7 @@ from ..inputs import Inputs
 from ..journal import LAST, note_job_started, open_journal, this_attempt
 from ..rank import node_names
 
-Stage = Literal["stop-file", "rendezvous", "serving"]
+Stage = Literal["stop-file", "batch-check", "rendezvous", "serving"]
 _TRY_AGAIN = 75
 """Exit status of a rank whose transport can't be used here."""
 _TOLD = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
@@ -31,6 +31,8 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
             return
         if stage == "stop-file":
             journal.write("stopped", reason="the file `stop` was in the run directory before the job began")
+        elif stage == "batch-check" and status == 0:
+            journal.write("stopped", reason="there was nothing to do for the batch; logs/job.log says why")
         elif signalled and stage == "rendezvous":
             journal.write("stopped", reason="signal SIGTERM before the rendezvous was over")
         elif signalled and status in _TOLD:
@@ -41,6 +43,10 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
 
 
 def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
+    if stage == "batch-check":
+        return JobError(
+            "the batch can't go on", hint="logs/job.log says why, at its end"
+        ), status or JobError.exit_code
     if stage == "serving":
         return JobError(
             f"the head process {_ended(status)} without a word",

@@ -72,6 +72,10 @@ class Ending:
         """`POST /drain`: running requests get the plan's time. Once draining, nothing changes."""
         self._ask("somebody asked for it", self._plan.model.drain)
 
+    def finish(self, reason: str) -> None:
+        """What the run was for is over."""
+        self._ask(reason, self._plan.model.drain)
+
     def stop(self) -> None:
         """`POST /stop`: the first drains, the second forces."""
         self._ask_or_force("somebody asked for it", self._plan.model.drain)

@@ -23,6 +23,7 @@ from ..discovery.facts import Roster, wait_for_roster
 from ..inputs import Inputs, read_secret
 from ..journal import Journal, note_job_started, open_journal, walltime_end
 from ..ports import PortRange, ephemeral_range, listen
+from .batch_process import BatchProcess
 from .controller import Controller, Desk
 from .ending import KILL_MARGIN, Ending
 from .kv_proof import Prover
@@ -43,10 +44,13 @@ _HOPELESS = 60.0
 
 
 def run_head(inputs: Inputs) -> int:
-    """Serve until the run is to end. Raises the error that made it fail, after it was written down."""
+    """Serve until the run is to end; 0, or the status of the batch that the run was for.
+
+    Raises the error that made it fail, after it was written down.
+    """
     with open_journal(inputs) as journal:
         try:
-            asyncio.run(_main(inputs, journal))
+            status = asyncio.run(_main(inputs, journal))
         except HpcserveError as error:
             journal.write("failed", message=error.message, hint=error.hint, exit_code=error.exit_code)
             raise
@@ -59,15 +63,17 @@ def run_head(inputs: Inputs) -> int:
                 exit_code=1,
             )
             raise
-    return 0
+    return status
 
 
-async def _main(inputs: Inputs, journal: Journal) -> None:
+async def _main(inputs: Inputs, journal: Journal) -> int:
     began = note_job_started(inputs, journal)
     roster = await wait_for_roster(inputs.run, inputs.attempt)
     # Slurm may have been too busy to say it when the rendezvous asked.
     end = began["end_time"] if began["end_time"] is not None else walltime_end(inputs)
-    await Head(inputs, roster, journal, started=began["t"], end_time=end).run()
+    head = Head(inputs, roster, journal, started=began["t"], end_time=end)
+    await head.run()
+    return 0 if head.batch is None else head.batch.status
 
 
 class Head:
@@ -88,6 +94,9 @@ class Head:
         self._ending = Ending(plan, end_time, inputs.run.stop)
         self._calls = Calls(inputs.job_key)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.batch = (
+            BatchProcess(plan.batch, inputs.run, journal, self._ending) if plan.batch is not None else None
+        )
         self._router = RouterProcess(
             config=self._router_config(),
             config_path=inputs.run.path / "router.json",
@@ -196,6 +205,8 @@ class Head:
             life.cancel()
             # Whatever it ends with must not keep the agents from being stopped.
             await asyncio.gather(life, return_exceptions=True)
+            if self.batch is not None:
+                await self.batch.close()
             await self._stop_agents()
             await self._router.close()
             for task in (*background, stop, *self._tasks):
@@ -203,6 +214,8 @@ class Head:
             await asyncio.gather(*background, stop, *self._tasks, return_exceptions=True)
         if error is not None:
             raise error
+        if self.batch is not None:
+            self.batch.check()
         self._journal.write("stopped", reason=self._ending.reason)
         say(f"stopped: {self._ending.reason}")
 
@@ -226,6 +239,8 @@ class Head:
         self._publish()
         await self._first_token()
         self._journal.write("ready", **self._board.publish_ready())
+        if self.batch is not None:
+            self.batch.begin()
         while True:
             await self._proving.round()
             await self._pause(_TICK)
@@ -282,6 +297,9 @@ class Head:
         say(f"draining: {ending.reason}")
         self._publish()
         seen = self._router.reports
+        while self.batch is not None and self.batch.busy and ending.draining():
+            # It hears from the router that nothing more is taken, and writes down what it has.
+            await self._pause(0.1)
         while running and ending.draining() and self._router.alive:
             # Two reports later the counts are surely newer than the last accepted request.
             if self._router.reports >= seen + 2 and self._router.stats.in_flight == 0:

@@ -1,0 +1,117 @@
+"""Programs that run inside a job: `python -m hpcserve.batch {check|drive} OUT`.
+
+They end with 0 when there is nothing more to do, 75 (EX_TEMPFAIL) when there is, and with an error's own
+status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ..errors import HpcserveError
+from . import history
+from .driver import Driver, Limits
+from .finish import finish, is_complete
+from .layout import BatchDir
+from .members import this_process
+from .merge import Unfinished
+from .progress import Progress
+from .sending import Endpoint
+from .work import Work, make_directory
+
+COMPLETE, MORE = 0, 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    os.umask(0o077)
+    directory = BatchDir(options.out)
+    try:
+        if options.program == "check":
+            return check(directory)
+        return drive(directory, options.endpoint, Limits(error_rate=options.max_error_rate))
+    except HpcserveError as error:
+        print(error.report(), file=sys.stderr)
+        return error.exit_code
+
+
+def check(directory: BatchDir) -> int:
+    """Is there something to do that is worth loading a model for? Raises RunError and StorageError."""
+    if is_complete(directory):
+        print(f"{directory.out} is complete", file=sys.stderr)
+        return COMPLETE
+    if directory.stop.exists():
+        print(f"the batch in {directory.out} was stopped; the same command goes on with it", file=sys.stderr)
+        return COMPLETE
+    parts = history.read(directory)
+    if history.stuck(parts):
+        print(
+            f"error: the last {history.STUCK} jobs of {directory.out} had no result: {parts[-1].how}\n\n"
+            "hint: `hpcserve logs` of the last run shows why; the same command tries again",
+            file=sys.stderr,
+        )
+        return HpcserveError.exit_code
+    return MORE
+
+
+def drive(directory: BatchDir, endpoint: Path, limits: Limits) -> int:
+    """Work on the batch until it is complete or this job's time is up; returns the exit status.
+
+    Raises StorageError, RunError, ConfigError, and TooManyErrors.
+    """
+    me = this_process(os.environ)
+    progress = Progress()
+    make_directory(directory.history)
+    how = "killed"
+    work = Work(directory, me)
+    try:
+        how = asyncio.run(_drive(work, Endpoint(endpoint), progress, limits))
+    except HpcserveError as error:
+        how = error.message.splitlines()[0]
+        raise
+    finally:
+        try:
+            work.close()
+        finally:
+            history.note(directory, me.name, me.slurm_job, progress, how, endpoint)
+    if how == "others":
+        progress.note("all that is left is in the hands of other jobs")
+        return COMPLETE
+    if how == "more":
+        return MORE
+    try:
+        merged = finish(directory)
+    except Unfinished as error:
+        progress.note(f"{error.items} lines of the journals are damaged; their rows are done again")
+        return MORE
+    progress.note(f"complete: {merged.items:,} rows, {merged.failed:,} of them errors: {merged.output}")
+    return COMPLETE
+
+
+async def _drive(work: Work, endpoint: Endpoint, progress: Progress, limits: Limits) -> str:
+    driver = Driver(work, endpoint, progress, limits)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, driver.stop, f"signal {number.name}")
+    return await driver.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hpcserve.batch", description=__doc__)
+    programs = parser.add_subparsers(dest="program", required=True)
+    for name in ("check", "drive"):
+        program = programs.add_parser(name)
+        program.add_argument("out", type=Path)
+        if name == "drive":
+            program.add_argument("--endpoint", type=Path, required=True, help="the run's endpoint.json")
+            program.add_argument("--max-error-rate", type=float, default=Limits.error_rate)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

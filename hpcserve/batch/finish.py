@@ -1,0 +1,59 @@
+"""The end of a batch: merged, reported, and its working files removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import ConfigError
+from . import history
+from .inputs.files import InputFile, Inputs, open_inputs
+from .layout import BatchDir
+from .manifest import Manifest, read_manifest
+from .merge import Merged, merge
+from .outputs.writers import output_name
+from .report import make_report, write_report
+
+
+def output_path(directory: BatchDir, manifest: Manifest) -> Path:
+    """Where the answers are, once they are complete."""
+    return directory.out / output_name(manifest.output)
+
+
+def is_complete(directory: BatchDir) -> bool:
+    """Raises RunError when nothing was planned there, and StorageError."""
+    return output_path(directory, read_manifest(directory)).exists()
+
+
+def finish(directory: BatchDir) -> Merged:
+    """Merge the journals and say what it cost. Raises Unfinished when there is more to do, StorageError, and
+    ConfigError when the input is not what it was."""
+    manifest = read_manifest(directory)
+    merged = merge(directory, manifest, inputs_of(manifest))
+    write_report(directory, make_report(manifest, merged, history.read(directory)))
+    for path in (directory.journals, directory.claims):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.plan.iterdir():
+        # The manifest stays: the same command finds that all is done.
+        if path != directory.manifest:
+            path.unlink(missing_ok=True)
+    return merged
+
+
+def inputs_of(manifest: Manifest) -> Inputs:
+    """The input that was planned. Raises ConfigError when it is not there any more, or was changed."""
+    known = [
+        InputFile(
+            path=file.path, format=file.format, size=file.size, mtime_ns=file.mtime_ns, digest=file.digest,
+            rows=None,
+        )
+        for file in manifest.files
+    ]  # fmt: skip
+    inputs = open_inputs([file.path for file in manifest.files], known=known)
+    for before, now in zip(manifest.files, inputs.files, strict=True):
+        if before.digest != now.digest:
+            raise ConfigError(
+                f"{now.path} was changed since the batch was planned",
+                hint="put the file back as it was; the answers are kept in the directory `.batch` until then",
+            )
+    return inputs

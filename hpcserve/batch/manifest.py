@@ -1,0 +1,132 @@
+"""What a batch is: written once, when planning is through, and compared with what is asked later.
+
+Whatever an answer depends on is in it: the same command goes on with the batch, and another one is refused
+with the differences, for answers to two questions must not be mixed in one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from ..errors import ConfigError, RunError, StorageError
+from .layout import BatchDir
+
+FORMAT = 1
+
+
+class File(msgspec.Struct, frozen=True):
+    """One input file."""
+
+    path: str
+    format: str
+    size: int
+    mtime_ns: int
+    digest: str
+    """XXH3-128 of its bytes."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Everything that answers depend on, but for the input."""
+
+    model: str
+    revision: str | None
+    template: str | None
+    system: str | None
+    prompt_column: str | None
+    messages_column: str | None
+    sampling: dict[str, Any]
+    samples: int
+    seed: int
+    limit: int | None
+    """Rows from the start of the input."""
+    sample: int | None
+    """Rows chosen at random."""
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """A planned batch."""
+
+    format: int
+    version: str
+    """Of hpcserve."""
+    created: float
+    """Unix seconds."""
+    kind: str
+    """`rows`, or `openai` batch lines."""
+    files: tuple[File, ...]
+    asked: Asked
+    output: str
+    """`openai`, `jsonl` or `parquet`."""
+    order: str
+    """Of the output: `input` or `completion`."""
+    rows: int
+    items: int
+    """Rows times samples."""
+    prompt_tokens: int
+    tokens_exact: bool
+    """They were counted with the model's tokenizer."""
+
+
+def read_manifest(directory: BatchDir) -> Manifest:
+    """Raises RunError when nothing was planned there, and StorageError."""
+    path = directory.manifest
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise RunError(
+            f"no batch was planned in {directory.out}",
+            hint="`hpcserve batch MODEL.yaml DATA -o DIR` plans one",
+        ) from None
+    except OSError as error:
+        raise StorageError(
+            f"can't read {path}: {error.strerror}", hint="look at that path on this host"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise StorageError(
+            f"{path} is damaged: {error}", hint="remove the directory `.batch` there to plan anew"
+        ) from error
+    if manifest.format != FORMAT:
+        raise StorageError(
+            f"{path} has format {manifest.format}, this hpcserve reads {FORMAT}",
+            hint=f"finish it with hpcserve {manifest.version}, or give another output directory",
+        )
+    return manifest
+
+
+def check_same(before: Manifest, now: Manifest, directory: BatchDir) -> None:
+    """Raises ConfigError with every difference that would mix answers to two questions."""
+    found = list(differences(before, now))
+    if found:
+        raise ConfigError(
+            f"{directory.out} has a batch of another request or input:\n"
+            + "\n".join(f"  {one}" for one in found),
+            hint="give the command that began it to go on with it, or another output directory with -o",
+        )
+
+
+def differences(before: Manifest, now: Manifest) -> Iterator[str]:
+    """In words, one a line."""
+    old, new = _essence(before), _essence(now)
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            yield f"{name}: {_short(old.get(name))} → {_short(new.get(name))}"
+
+
+def _essence(manifest: Manifest) -> dict[str, Any]:
+    asked = msgspec.structs.asdict(manifest.asked)
+    sampling: Mapping[str, Any] = asked.pop("sampling")
+    found = {**asked, **{f"sampling {name}": value for name, value in sampling.items()}}
+    found |= {"output": manifest.output, "order": manifest.order, "kind": manifest.kind}
+    # A file may move; what is in it may not change.
+    found |= {f"input {number + 1}": file.digest for number, file in enumerate(manifest.files)}
+    return found
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"

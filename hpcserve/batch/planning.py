@@ -1,0 +1,205 @@
+"""Planning: the whole input is read once, every request rendered and counted, and the order of work laid
+down.
+
+A plan appears whole, under its name, or not at all: it is made in a directory of another name beside. What
+can't be read or rendered is found here, before a model is loaded, with its place.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from .. import __version__
+from ..errors import ConfigError
+from . import disk
+from .inputs.files import Inputs
+from .inputs.rows import Row
+from .layout import BatchDir
+from .lengths import Counter
+from .manifest import FORMAT, Asked, File, Manifest, read_manifest
+from .members import started
+from .order import LEVELS, prefix_marks, work_order
+from .prompts import Prompts, Request, RowError
+from .spool import PLACE, SpoolWriter
+from .work import make_directory
+
+_GROUP = 256
+"""Rows of a shared prefix that go together at most: about what one replica has in flight."""
+_UNBOUNDED = 512
+"""Tokens expected of an answer where the request does not bound it."""
+_BAD_ROWS = 10
+_AT_ONCE = 1024
+"""Prompts counted in one call."""
+
+
+def make_plan(
+    directory: BatchDir,
+    inputs: Inputs,
+    prompts: Prompts,
+    counter: Counter,
+    asked: Asked,
+    *,
+    output: str,
+    order: str,
+    by_prefix: bool = True,
+    on_row: Callable[[int], None] = lambda row: None,
+) -> Manifest:
+    """Plan a batch that was not planned yet. `on_row` hears the number of each row.
+
+    Raises ConfigError for what is wrong with the input, and StorageError. When another command planned the
+    same directory meanwhile, that plan is returned.
+    """
+    make_directory(directory.work)
+    _sweep(directory)
+    where = directory.work / f".plan.{os.uname().nodename}.{os.getpid()}"
+    make_directory(where)
+    try:
+        manifest = _fill(where, inputs, prompts, counter, asked, output, order, by_prefix, on_row)
+        try:
+            os.rename(where, directory.plan)
+        except OSError as error:
+            if not directory.manifest.exists():
+                raise disk.failed(error, "rename") from error
+            return read_manifest(directory)
+        disk.sync_directory(directory.work)
+        return manifest
+    finally:
+        shutil.rmtree(where, ignore_errors=True)
+
+
+def _fill(
+    where: Path,
+    inputs: Inputs,
+    prompts: Prompts,
+    counter: Counter,
+    asked: Asked,
+    output: str,
+    order: str,
+    by_prefix: bool,
+    on_row: Callable[[int], None],
+) -> Manifest:
+    spool = SpoolWriter(where)
+    marks = bytearray()
+    rows = prompt_tokens = 0
+    try:
+        for row, requests in _rendered(chosen_rows(inputs, asked), prompts, counter):
+            on_row(row.number)
+            rows += 1
+            for request, tokens in requests:
+                spool.add(request, tokens)
+                marks += np.array(prefix_marks(request.text), "<u4").tobytes()
+                prompt_tokens += tokens
+    finally:
+        spool.close()
+    if not rows:
+        raise ConfigError("no row is left of the input", hint="look at --limit and --sample")
+    places = np.memmap(where / "places.bin", PLACE, mode="r")
+    table = np.frombuffer(marks, "<u4").reshape(-1, LEVELS)
+    _write(where / "order.bin", _order(places["prompt"], places["most"], table, by_prefix=by_prefix))
+    manifest = Manifest(
+        format=FORMAT,
+        version=__version__,
+        created=round(time.time(), 3),
+        kind=inputs.kind,
+        files=tuple(
+            File(path=f.path, format=f.format, size=f.size, mtime_ns=f.mtime_ns, digest=f.digest)
+            for f in inputs.files
+        ),
+        asked=asked,
+        output=output,
+        order=order,
+        rows=rows,
+        items=spool.items,
+        prompt_tokens=prompt_tokens,
+        tokens_exact=counter.exact,
+    )
+    disk.write_whole(where / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+    return manifest
+
+
+def chosen_rows(inputs: Inputs, asked: Asked) -> Iterator[Row]:
+    """The rows that the batch is about, in order; the same ones every time. Raises ConfigError."""
+    if asked.sample is not None:
+        total = sum(1 for _ in inputs.rows())
+        if asked.sample > total:
+            raise ConfigError(
+                f"--sample {asked.sample}: the input has {total} rows", hint="leave it out for all of them"
+            )
+        chosen = sorted(random.Random(asked.seed).sample(range(total), asked.sample))
+        wanted = iter(chosen)
+        next_row = next(wanted)
+        for row in inputs.checked_rows():
+            if row.number == next_row:
+                yield row
+                next_row = next(wanted, -1)
+        return
+    yield from islice(inputs.checked_rows(), asked.limit)
+
+
+def _rendered(
+    rows: Iterator[Row], prompts: Prompts, counter: Counter
+) -> Iterator[tuple[Row, list[tuple[Request, int]]]]:
+    """Raises ConfigError with the first rows that can't be rendered."""
+    bad: list[str] = []
+    while batch := list(islice(rows, _AT_ONCE)):
+        good: list[tuple[Row, list[Request]]] = []
+        for row in batch:
+            try:
+                good.append((row, prompts.requests(row)))
+            except RowError as error:
+                bad.append(f"{row.place}: {error.message}")
+        if len(bad) >= _BAD_ROWS:
+            break
+        # All samples of a row have one prompt.
+        counts = counter.count_all([requests[0].text for _, requests in good])
+        if not bad:
+            for (row, requests), tokens in zip(good, counts, strict=True):
+                yield row, [(request, tokens) for request in requests]
+    if bad:
+        more = "" if len(bad) < _BAD_ROWS else f"\n(the first {_BAD_ROWS}; there may be more)"
+        raise ConfigError(
+            "rows that can't be rendered:\n" + "\n".join(f"  {text}" for text in bad[:_BAD_ROWS]) + more,
+            hint="mend the rows or the template; nothing was sent",
+        )
+
+
+def _order(
+    prompt: npt.NDArray[np.uint32],
+    most: npt.NDArray[np.uint32],
+    marks: npt.NDArray[np.uint32],
+    *,
+    by_prefix: bool,
+) -> npt.NDArray[np.uint64]:
+    output = np.where(most == 0, _UNBOUNDED, most).astype(np.uint32)
+    found = work_order(np.asarray(prompt), output, marks, group_limit=_GROUP, prefix=by_prefix)
+    return found.astype("<u8")
+
+
+def _write(path: Path, values: npt.NDArray[np.uint64]) -> None:
+    handle = disk.create(path)
+    assert handle is not None, "the directory is this process's own"
+    try:
+        disk.append(handle, memoryview(values).cast("B"), path)
+        disk.sync(handle, path)
+    finally:
+        os.close(handle)
+
+
+def _sweep(directory: BatchDir) -> None:
+    """Remove what planners of this host left that are no more."""
+    host = os.uname().nodename
+    for entry in directory.work.glob(f".plan.{host}.*"):
+        with suppress(ValueError):
+            if started(int(entry.name.rpartition(".")[2])) is None:
+                shutil.rmtree(entry, ignore_errors=True)
