@@ -1,0 +1,1 @@
+"""Reads datasets: JSON Lines, CSV, Parquet, Arrow and Hugging Face dataset directories."""

@@ -1,0 +1,157 @@
+"""Parquet, and Arrow's IPC format as a file or as a stream, by pyarrow.
+
+Values are Python's: structs are dicts, lists lists, timestamps datetimes, binary bytes, missing values None.
+
+IPC format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError
+from .extras import need
+from .formats import Format
+from .lines import unreadable
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BATCH_BYTES = 8 << 20
+"""About so much of a Parquet file is decoded at once."""
+BATCH_ROWS = 1024
+"""So many rows at most are Python values at once."""
+
+_READ_BYTES = 1 << 20
+_FILE_MAGIC = b"ARROW1"
+_FEATHER_1_MAGIC = b"FEA1"
+_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
+"""End-of-stream marks: that of today, and that from before Arrow 0.15."""
+
+
+def schema(path: str, name: str, format: Format) -> pyarrow.Schema:
+    """The columns of `path`, without metadata. Raises ConfigError."""
+    with _complaints(name, format):
+        if format == "parquet":
+            with _parquet_file(path, name) as file:
+                return file.schema_arrow.remove_metadata()
+        with _ipc_source(path, name) as source:
+            return _ipc_reader(source).schema.remove_metadata()
+
+
+def count(path: str, name: str) -> int:
+    """Rows of a Parquet file, by its footer. Raises ConfigError."""
+    with _complaints(name, "parquet"), _parquet_file(path, name) as file:
+        return int(file.metadata.num_rows)
+
+
+def read(path: str, name: str, format: Format) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places and rows of `path`, which errors call `name`. Raises ConfigError."""
+    number = 0
+    with _complaints(name, format):
+        for batch in _parquet_batches(path, name) if format == "parquet" else _ipc_batches(path, name):
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for columns in _values(batch.slice(start, BATCH_ROWS), name, number):
+                    yield f"{name} row {number}", columns
+                    number += 1
+
+
+def _parquet_file(path: str, name: str) -> Any:
+    parquet = need("pyarrow.parquet", f"{name}: reading Parquet")
+    # Buffered, not whole columns: a row group can be as large as the file.
+    return parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
+
+
+def _parquet_batches(path: str, name: str) -> Iterator[pyarrow.RecordBatch]:
+    with _parquet_file(path, name) as file:
+        metadata = file.metadata
+        size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+        rows = BATCH_BYTES * metadata.num_rows // max(size, 1)
+        yield from file.iter_batches(batch_size=min(max(rows, 1), BATCH_ROWS))
+
+
+@contextmanager
+def _ipc_source(path: str, name: str) -> Iterator[Any]:
+    """The file, mapped: some writers make one batch of millions of rows, which must not be read at once."""
+    pyarrow = need("pyarrow", f"{name}: reading Arrow")
+    with pyarrow.memory_map(path) as source:
+        start = source.read(len(_FILE_MAGIC))
+        if start.startswith(_FEATHER_1_MAGIC):
+            raise ConfigError(
+                f"{name}: Feather version 1, which is not Arrow", hint="Write it again as Feather version 2."
+            )
+        if start != _FILE_MAGIC:
+            _check_stream_end(source, name)
+        source.seek(0)
+        yield source
+
+
+def _check_stream_end(source: Any, name: str) -> None:
+    # The format lets a stream end without the mark, but then rows may be missing and nothing tells.
+    source.seek(max(0, source.size() - len(_STREAM_ENDS[0])))
+    if not source.read().endswith(_STREAM_ENDS):
+        raise ConfigError(
+            f"{name}: not Arrow, or an Arrow stream without its end: rows may be missing",
+            hint="Copy or make the file again: its writer must be closed.",
+        )
+
+
+def _ipc_reader(source: Any) -> Any:
+    from pyarrow import ipc
+
+    magic = source.read(len(_FILE_MAGIC))
+    source.seek(0)
+    return ipc.open_file(source) if magic == _FILE_MAGIC else ipc.open_stream(source)
+
+
+def _ipc_batches(path: str, name: str) -> Iterator[pyarrow.RecordBatch]:
+    with _ipc_source(path, name) as source:
+        reader = _ipc_reader(source)
+        if hasattr(reader, "num_record_batches"):
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            yield from reader
+
+
+_UNFIT = (ValueError, OverflowError)
+"""Nanoseconds, years beyond 9999, text that is no UTF-8."""
+
+
+def _values(batch: pyarrow.RecordBatch, name: str, number: int) -> list[dict[str, Any]]:
+    """The rows of `batch`, of which the first has this number."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except _UNFIT:
+        for column in batch.schema.names:
+            for index, value in enumerate(batch.column(column)):
+                _check_value(value, f"{name} row {number + index}: column '{column}'")
+        raise
+
+
+def _check_value(value: pyarrow.Scalar, what: str) -> None:
+    try:
+        value.as_py()
+    except _UNFIT as error:
+        raise ConfigError(
+            f"{what} has a {value.type} that Python can't hold: {error}",
+            hint="Convert the column (timestamps to microseconds), or leave it out.",
+        ) from None
+
+
+@contextmanager
+def _complaints(name: str, format: Format) -> Iterator[None]:
+    """What pyarrow raises becomes ConfigError."""
+    kind = "Parquet" if format == "parquet" else "Arrow"
+    exceptions = need("pyarrow", f"{name}: reading {kind}").ArrowException
+    try:
+        yield
+    except (OSError, exceptions) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(name, error) from error
+        raise ConfigError(
+            f"{name}: not {kind}, or cut off or damaged: {error}",
+            hint="Copy or make the file again; is it what its suffix says?",
+        ) from error
