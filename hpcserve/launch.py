@@ -158,8 +158,8 @@ def write_files(directory: Path, texts: Mapping[str, str]) -> list[Path]:
     return written
 
 
-def submit(prepared: Prepared, command: Sequence[str]) -> Run:
-    """Make the run directory and hand the job over.
+def submit(prepared: Prepared, command: Sequence[str], *, after: str | None = None) -> Run:
+    """Make the run directory and hand the job over; `after` is a job that must be over before it begins.
 
     The run's id may differ from that of `prepared`, when another launch took it meanwhile. Raises
     StorageError, SlurmError, and KeyboardInterrupt for a Ctrl-C; neither a run directory nor a job
@@ -167,13 +167,13 @@ def submit(prepared: Prepared, command: Sequence[str]) -> Run:
     """
     while True:
         try:
-            return _submit(prepared, command)
+            return _submit(prepared, command, after)
         except NameTaken:
             # Its own path is in the job script, so everything is rendered again.
             prepared = replace(prepared, run_id=free_run_id(prepared.root, prepared.plan.name))
 
 
-def _submit(prepared: Prepared, command: Sequence[str]) -> Run:
+def _submit(prepared: Prepared, command: Sequence[str], after: str | None) -> Run:
     from . import slurm
 
     plan = prepared.plan
@@ -199,7 +199,7 @@ def _submit(prepared: Prepared, command: Sequence[str]) -> Run:
     scheduler = slurm.get(plan.site.scheduler)
     with _interrupt_later() as interrupted:
         try:
-            job_id = scheduler.submit(run.script, run.path)
+            job_id = scheduler.submit(run.script, run.path, after=after)
         except BaseException:
             remove_run(run)
             raise

@@ -161,11 +161,14 @@ def _rendered(
                 bad.append(f"{row.place}: {error.message}")
         if len(bad) >= _BAD_ROWS:
             break
+        if bad:
+            continue
         # All samples of a row have one prompt.
-        counts = counter.count_all([requests[0].text for _, requests in good])
-        if not bad:
-            for (row, requests), tokens in zip(good, counts, strict=True):
-                yield row, [(request, tokens) for request in requests]
+        counts = iter(counter.count_all([r[0].text for _, r in good if r[0].prompt_tokens is None]))
+        for row, requests in good:
+            exact = requests[0].prompt_tokens
+            tokens = next(counts) if exact is None else exact
+            yield row, [(request, tokens) for request in requests]
     if bad:
         more = "" if len(bad) < _BAD_ROWS else f"\n(the first {_BAD_ROWS}; there may be more)"
         raise ConfigError(

@@ -105,13 +105,13 @@ class Progress:
         self._in_flight = in_flight
         status = self.status(work, end_time)
         write_json(work.dir.status, status)
-        line = _line(status)
+        text = line(status)
         if self._is_tty:
             self._clear()
-            print(line, end="", file=self._terminal, flush=True)
-            self._shown = len(line)
+            print(text, end="", file=self._terminal, flush=True)
+            self._shown = len(text)
         else:
-            print(line, file=self._terminal, flush=True)
+            print(text, file=self._terminal, flush=True)
 
     def _clear(self) -> None:
         if self._shown:
@@ -164,7 +164,8 @@ class Progress:
         return prompts + left * self._mean_answer
 
 
-def _line(status: dict[str, Any]) -> str:
+def line(status: dict[str, Any]) -> str:
+    """What status.json says, for people."""
     job = status["this_job"]
     done = f"{status['done']:,}/{status['items']:,} rows"
     parts = [done, f"{job['rows_per_second']:,.1f} rows/s", f"{job['tokens_per_second']:,.0f} tok/s"]

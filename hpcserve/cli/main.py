@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "launch": "start an endpoint: plan, submit, and wait until it is READY",
+    "batch": "send a whole dataset through a model, and go on with it after any stop",
     "ls": "list your runs",
     "status": "show how one run is doing",
     "logs": "print or follow the logs of a run",

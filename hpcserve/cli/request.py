@@ -13,10 +13,16 @@ from .output import warn
 
 if TYPE_CHECKING:
     from ..launch import LaunchRequest, Prepared
+    from ..plan.plan import BatchPlan
 
 
 def add_request(parser: Parser) -> None:
     parser.add_argument("model", type=Path, metavar="model.yaml", help="what to serve")
+    add_job(parser)
+
+
+def add_job(parser: Parser) -> None:
+    """Everything about the job but what it serves."""
     parser.add_argument("--nodes", type=positive, metavar="N", help="nodes of the job; the one dial")
     parser.add_argument("--prefill", type=positive, metavar="N", help="nodes that compute prompts")
     parser.add_argument("--decode", type=positive, metavar="N", help="nodes that write answers")
@@ -37,13 +43,13 @@ def add_request(parser: Parser) -> None:
     )
 
 
-def prepare(args: argparse.Namespace) -> Prepared:
+def prepare(args: argparse.Namespace, batch: BatchPlan | None = None) -> Prepared:
     from ..launch import prepare
 
-    return prepare(request_of(args), os.environ, os.uname().nodename)
+    return prepare(request_of(args, batch), os.environ, os.uname().nodename)
 
 
-def request_of(args: argparse.Namespace) -> LaunchRequest:
+def request_of(args: argparse.Namespace, batch: BatchPlan | None = None) -> LaunchRequest:
     from ..config.quantities import parse_duration
     from ..launch import LaunchRequest
 
@@ -61,4 +67,5 @@ def request_of(args: argparse.Namespace) -> LaunchRequest:
         partition=args.partition,
         site=args.site,
         overrides=tuple(args.overrides),
+        batch=batch,
     )

@@ -22,7 +22,9 @@ _KILL_WAIT = 5.0
 class LocalScheduler:
     """Job ids are `local-PID-START`: START, the kernel's start time, tells a recycled PID apart."""
 
-    def submit(self, script: Path, run_dir: Path) -> str:
+    def submit(self, script: Path, run_dir: Path, *, after: str | None = None) -> str:
+        if after is not None:
+            raise SlurmError("this machine has no queue for a job to wait in", hint="use a site with Slurm")
         log = run_dir / "logs" / "job.log"
         try:
             with log.open("ab") as output:

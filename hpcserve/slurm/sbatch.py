@@ -40,8 +40,10 @@ class SlurmScheduler:
         self._environ = job_environment(os.environ if environ is None else environ)
         self._accounting = True
 
-    def submit(self, script: Path, run_dir: Path) -> str:
-        done = self._call(["sbatch", "--parsable", f"--chdir={run_dir}", str(script)])
+    def submit(self, script: Path, run_dir: Path, *, after: str | None = None) -> str:
+        # afterany: what comes after a job that was cancelled or failed looks itself whether it has work.
+        order = [] if after is None else [f"--dependency=afterany:{after}"]
+        done = self._call(["sbatch", "--parsable", f"--chdir={run_dir}", *order, str(script)])
         if done.returncode == 0:
             return parse.job_id(done.stdout)
         why = sentence(done.stderr or done.stdout)

@@ -44,8 +44,11 @@ class JobState:
 class Scheduler(Protocol):
     """Starts, watches and ends jobs. Every method raises SlurmError with a hint."""
 
-    def submit(self, script: Path, run_dir: Path) -> str:
-        """Hand `script` over and return the job id. `run_dir` holds its logs/."""
+    def submit(self, script: Path, run_dir: Path, *, after: str | None = None) -> str:
+        """Hand `script` over and return the job id. `run_dir` holds its logs/.
+
+        `after`: a job that must be over before it begins, however it ended.
+        """
 
     def state(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """All jobs in one question. Raises SlurmDown when nobody answers."""

@@ -1,0 +1,195 @@
+"""From a command line to a planned batch: a new one, or the one that was begun by the same command."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .. import __version__
+from ..errors import ConfigError
+from .finish import is_complete
+from .inputs.files import InputFile, Inputs, open_inputs
+from .layout import BatchDir
+from .lengths import Counter
+from .manifest import FORMAT, Asked, File, Manifest, check_same, read_manifest
+from .outputs.writers import check_output
+from .planning import chosen_rows, make_plan
+from .prompts import Prompts, PromptSpec, RowError
+
+Output = Literal["openai", "jsonl", "parquet"]
+Order = Literal["input", "completion"]
+OUTPUTS: tuple[Output, ...] = ("openai", "jsonl", "parquet")
+_TABLES = ("parquet", "arrow", "hf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRequest:
+    """What is asked of a dataset. The texts are Jinja2."""
+
+    inputs: Sequence[str]
+    """Files, directories of Hugging Face datasets, and patterns."""
+    output: Path
+    template: str | None = None
+    system: str | None = None
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+    seed: int = 0
+    limit: int | None = None
+    sample: int | None = None
+    format: Output | None = None
+    """None: OpenAI's for its own lines, Parquet for tables, else JSON lines."""
+    order: Order = "input"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What answers."""
+
+    served_name: str
+    """What requests call it."""
+    path: str
+    """Hub id, or directory."""
+    revision: str | None
+
+
+class Begun(NamedTuple):
+    """A planned batch."""
+
+    directory: BatchDir
+    manifest: Manifest
+    resumed: bool
+    complete: bool
+
+
+class Preview(NamedTuple):
+    """A rendered prompt."""
+
+    place: str
+    path: str
+    body: bytes
+    prompt_tokens: int
+
+
+def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = lambda row: None) -> Begun:
+    """Plan, or go on with the plan that is there. Raises ConfigError, also with the differences to a batch of
+    another command, and StorageError."""
+    directory = BatchDir(request.output.absolute())
+    before = read_manifest(directory) if directory.manifest.exists() else None
+    inputs, prompts, counter, asked = _read(request, model, before)
+    output = request.format or _natural(inputs)
+    if before is not None:
+        check_same(before, _as_asked(inputs, asked, output, request.order), directory)
+        directory.stop.unlink(missing_ok=True)
+        return Begun(directory, before, True, is_complete(directory))
+    _check_new(directory, inputs, output, request)
+    manifest = make_plan(
+        directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row
+    )
+    return Begun(directory, manifest, False, False)
+
+
+def preview(request: BatchRequest, model: Model, rows: int) -> list[Preview]:
+    """The first rendered prompts, as they would be sent. Raises ConfigError."""
+    inputs, prompts, counter, asked = _read(request, model, None)
+    _check_new(BatchDir(request.output.absolute()), inputs, request.format or _natural(inputs), request)
+    found = []
+    for row in islice(chosen_rows(inputs, asked), rows):
+        try:
+            made = prompts.requests(row)[0]
+        except RowError as error:
+            raise ConfigError(f"{row.place}: {error.message}", hint="mend the row or the template") from error
+        tokens = made.prompt_tokens
+        if tokens is None:
+            [tokens] = counter.count_all([made.text])
+        found.append(Preview(row.place, made.path, made.body, tokens))
+    return found
+
+
+def _read(
+    request: BatchRequest, model: Model, before: Manifest | None
+) -> tuple[Inputs, Prompts, Counter, Asked]:
+    known = () if before is None else map(_known, before.files)
+    inputs = open_inputs(request.inputs, known=known)
+    spec = PromptSpec(
+        model=model.served_name,
+        template=request.template,
+        system=request.system,
+        prompt_column=request.prompt_column,
+        messages_column=request.messages_column,
+        sampling=request.sampling,
+        n=request.samples,
+        seed=request.seed,
+    )
+    asked = Asked(
+        model=model.path,
+        revision=model.revision,
+        template=request.template,
+        system=request.system,
+        prompt_column=request.prompt_column,
+        messages_column=request.messages_column,
+        sampling=dict(request.sampling),
+        samples=request.samples,
+        seed=request.seed,
+        limit=request.limit,
+        sample=request.sample,
+    )
+    return inputs, Prompts(spec, inputs.kind), Counter.for_model(model.path), asked
+
+
+def _known(file: File) -> InputFile:
+    return InputFile(
+        path=file.path,
+        format=file.format,  # type: ignore[arg-type]
+        size=file.size,
+        mtime_ns=file.mtime_ns,
+        digest=file.digest,
+        rows=None,
+    )
+
+
+def _natural(inputs: Inputs) -> Output:
+    if inputs.kind == "openai":
+        return "openai"
+    return "parquet" if inputs.schema is not None else "jsonl"
+
+
+def _check_new(directory: BatchDir, inputs: Inputs, output: Output, request: BatchRequest) -> None:
+    """Raises ConfigError."""
+    check_output(output, inputs, samples=request.samples)
+    if request.order == "completion" and output != "openai":
+        raise ConfigError(
+            f"--order completion is for --format openai: {output} repeats the input's columns, in its order",
+            hint="leave it out, or add --format openai",
+        )
+    for name in ("output.jsonl", "output.parquet", "errors.jsonl"):
+        if (directory.out / name).exists():
+            raise ConfigError(
+                f"{directory.out / name} is there already, and is not of a batch that can go on",
+                hint="give another directory with -o, or move that file away",
+            )
+
+
+def _as_asked(inputs: Inputs, asked: Asked, output: Output, order: Order) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        version=__version__,
+        created=time.time(),
+        kind=inputs.kind,
+        files=tuple(
+            File(path=f.path, format=f.format, size=f.size, mtime_ns=f.mtime_ns, digest=f.digest)
+            for f in inputs.files
+        ),
+        asked=asked,
+        output=output,
+        order=order,
+        rows=0,
+        items=0,
+        prompt_tokens=0,
+        tokens_exact=False,
+    )

@@ -1,0 +1,261 @@
+"""Send a whole dataset through a model: one row out for each row in, whatever is killed on the way.
+
+The same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .arguments import Parser, add_json, positive
+from .output import print_json, say
+from .request import add_job, prepare
+
+if TYPE_CHECKING:
+    from ..batch.begin import BatchRequest, Begun, Model
+    from ..launch import Prepared
+    from ..rundir.runs import Run
+
+_SHOWN = 3
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="model.yaml DATA",
+        help="what answers (not with --endpoint), then the dataset: .jsonl, .csv, .parquet, .arrow, .gz and"
+        " .zst, directories of Hugging Face datasets, patterns",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where answers go")
+    parser.add_argument(
+        "--endpoint", metavar="RUN", help="use a run that serves already, behind its other users"
+    )
+    source = parser.add_argument_group("prompts (none of these for OpenAI batch lines)")
+    source.add_argument(
+        "--template", type=Path, metavar="FILE", help="Jinja2 of the user's message, from columns"
+    )
+    source.add_argument("--system", metavar="TEXT", help="Jinja2 of the system message")
+    source.add_argument("--messages-column", metavar="NAME", help="column with a chat's messages")
+    source.add_argument("--prompt-column", metavar="NAME", help="column with text to be completed")
+    source.add_argument(
+        "--sampling", metavar="KEY=VALUE", action="append", default=[],
+        help="a member of every request, such as max_tokens=512 or temperature=0; may be repeated",
+    )  # fmt: skip
+    source.add_argument(
+        "--samples", type=positive, default=1, metavar="N", help="answers to each row (default: 1)"
+    )
+    source.add_argument(
+        "--seed", type=int, default=0, help="what the rows' own seeds are made of (default: 0)"
+    )
+    part = parser.add_argument_group("what part, and in what form")
+    part.add_argument("--limit", type=positive, metavar="N", help="the first N rows")
+    part.add_argument("--sample", type=positive, metavar="N", help="N rows, chosen at random by --seed")
+    part.add_argument(
+        "--format", choices=("openai", "jsonl", "parquet"),
+        help="of the output (default: openai for its batch lines, parquet for tables, else jsonl)",
+    )  # fmt: skip
+    part.add_argument(
+        "--order", choices=("input", "completion"), default="input", help="of the output (default: input)"
+    )
+    parser.add_argument(
+        "--max-error-rate", type=_rate, default=0.5, metavar="PART",
+        help="stop when more of the results than this are errors, such as 0.01 (default: 0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="K",
+        help="jobs one after the other, each of which goes on where the last one stopped (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the first prompts and the plan, and end"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="submit and end")
+    add_job(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.endpoint is not None:
+        return _on_endpoint(args)
+    if len(args.inputs) < 2 or not args.inputs[0].endswith((".yaml", ".yml")):
+        raise UsageError(
+            "a batch needs a model.yaml and a dataset",
+            hint="`hpcserve batch model.yaml data.jsonl -o out/`, or --endpoint RUN without a model.yaml",
+        )
+    args.model, data = Path(args.inputs[0]), args.inputs[1:]
+    from ..plan.plan import BatchPlan
+
+    prepared = prepare(
+        args, BatchPlan(output=str(args.output.absolute()), max_error_rate=args.max_error_rate)
+    )
+    spec = prepared.plan.model
+    request, model = _request(args, data), _model(prepared.plan.served_name, spec.model, spec.revision)
+    if args.dry_run:
+        return _preview(request, model, prepared)
+    if args.jobs > 1 and prepared.plan.site.scheduler != "slurm":
+        raise UsageError(
+            f"--jobs {args.jobs}: site {prepared.plan.site.name} has no queue in which jobs could wait",
+            hint="leave it out; the same command again goes on with the batch",
+        )
+    begun = _begin(request, model)
+    if begun.complete:
+        return _completed(begun, as_json=args.json)
+    return _launch(args, prepared, begun)
+
+
+def _request(args: argparse.Namespace, data: Sequence[str]) -> BatchRequest:
+    from ..batch.begin import BatchRequest
+    from ..config.document import read_text
+
+    return BatchRequest(
+        inputs=data,
+        output=args.output,
+        template=None if args.template is None else read_text(args.template, what="--template"),
+        system=args.system,
+        prompt_column=args.prompt_column,
+        messages_column=args.messages_column,
+        sampling=_sampling(args.sampling),
+        samples=args.samples,
+        seed=args.seed,
+        limit=args.limit,
+        sample=args.sample,
+        format=args.format,
+        order=args.order,
+    )
+
+
+def _model(served_name: str, path: str, revision: str | None) -> Model:
+    from ..batch.begin import Model
+
+    return Model(served_name=served_name, path=path, revision=revision)
+
+
+def _begin(request: BatchRequest, model: Model) -> Begun:
+    from ..batch.begin import begin
+
+    def on_row(row: int) -> None:
+        if row and row % 100_000 == 0:
+            say(f"planning: {row:,} rows")
+
+    begun = begin(request, model, on_row)
+    manifest = begun.manifest
+    counted = "" if manifest.tokens_exact else "about "
+    what = "goes on with" if begun.resumed else "planned"
+    say(
+        f"{what} {manifest.rows:,} rows, {manifest.items:,} requests, {counted}{manifest.prompt_tokens:,}"
+        " prompt tokens"
+    )
+    return begun
+
+
+def _preview(request: BatchRequest, model: Model, prepared: Prepared) -> int:
+    from ..batch.begin import preview
+    from ..render.summary import plan_table
+
+    print(plan_table(prepared.plan))
+    for one in preview(request, model, _SHOWN):
+        print(f"\n# {one.place}: POST {one.path}, {one.prompt_tokens:,} prompt tokens")
+        print(json.dumps(json.loads(one.body), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
+    from ..launch import submit
+    from ..render.summary import cost_line
+
+    say(f"cost: {cost_line(prepared.plan)}" + (f", up to {args.jobs} times" if args.jobs > 1 else ""))
+    runs: list[Run] = []
+    after: str | None = None
+    for _ in range(args.jobs):
+        run = submit(prepared, args.command_line, after=after)
+        after = run.record.job_id
+        runs.append(run)
+        say(f"submitted {run.record.run_id} as job {after}; run directory: {run.directory.path}")
+    names = [run.record.run_id for run in runs]
+    if args.no_wait:
+        say(f"watch it with `hpcserve status {names[0]}`; end it with `hpcserve stop {names[0]}`")
+        if args.json:
+            print_json({"state": "submitted", "runs": names, "output": str(begun.directory.out)})
+        return 0
+    from .batch_watch import watch
+
+    prepared = replace(prepared, run_id=names[0])
+    return watch(runs, prepared.plan, begun, as_json=args.json)
+
+
+def _on_endpoint(args: argparse.Namespace) -> int:
+    from ..batch.__main__ import drive
+    from ..batch.driver import Limits
+    from ..errors import RunError
+    from .named import named_run, plan_of
+
+    if args.dry_run or args.no_wait or args.jobs > 1:
+        raise UsageError("--endpoint works here and now: without --dry-run, --no-wait and --jobs")
+    run = named_run(args.endpoint)
+    plan = plan_of(run)
+    if not run.directory.endpoint.exists():
+        raise RunError(f"{run.record.run_id} is not READY", hint=f"see `hpcserve status {run.record.run_id}`")
+    begun = _begin(
+        _request(args, args.inputs), _model(plan.served_name, plan.model.model, plan.model.revision)
+    )
+    if not begun.complete:
+        status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
+        if status:
+            say("there is more to do: give the same command again")
+            return status
+    return _completed(begun, as_json=args.json)
+
+
+def _completed(begun: Begun, *, as_json: bool) -> int:
+    """Say what came of it; 0."""
+    from ..batch.finish import output_path
+
+    path = output_path(begun.directory, begun.manifest)
+    if as_json:
+        print_json({"state": "complete", "output": str(path), "report": _report(begun)})
+        return 0
+    if begun.directory.report_text.exists():
+        sys.stderr.write(begun.directory.report_text.read_text())
+    print(path)
+    return 0
+
+
+def _report(begun: Begun) -> Any:
+    from ..rundir.atomic import read_json
+
+    return read_json(begun.directory.report) if begun.directory.report.exists() else None
+
+
+def _sampling(pairs: Sequence[str]) -> dict[str, Any]:
+    """Values are JSON where they are that, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(
+                f"--sampling {pair!r} is not KEY=VALUE", hint="for example --sampling max_tokens=512"
+            )
+        if name in found:
+            raise UsageError(f"--sampling gives {name} twice", hint="leave one of them out")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 0.01 or 1%")
+    return rate
