@@ -27,8 +27,10 @@ BATCH_ROWS = 1024
 _READ_BYTES = 1 << 20
 _FILE_MAGIC = b"ARROW1"
 _FEATHER_1_MAGIC = b"FEA1"
-_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
-"""End-of-stream marks: that of today, and that from before Arrow 0.15."""
+_CONTINUES = b"\xff\xff\xff\xff"
+"""Begins each message of a stream, except before Arrow 0.15."""
+_ENDS = b"\0\0\0\0"
+"""A message of no length: the end of the stream."""
 
 
 def schema(path: str, name: str, format: Format) -> pyarrow.Schema:
@@ -90,8 +92,10 @@ def _ipc_source(path: str, name: str) -> Iterator[Any]:
 
 def _check_stream_end(source: Any, name: str) -> None:
     # The format lets a stream end without the mark, but then rows may be missing and nothing tells.
-    source.seek(max(0, source.size() - len(_STREAM_ENDS[0])))
-    if not source.read().endswith(_STREAM_ENDS):
+    source.seek(0)
+    mark = _CONTINUES + _ENDS if source.read(len(_CONTINUES)) == _CONTINUES else _ENDS
+    source.seek(max(0, source.size() - len(mark)))
+    if source.read() != mark:
         raise ConfigError(
             f"{name}: not Arrow, or an Arrow stream without its end: rows may be missing",
             hint="Copy or make the file again: its writer must be closed.",
