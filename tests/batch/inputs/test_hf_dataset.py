@@ -87,8 +87,8 @@ def test_a_bad_state_is_told(state: str, message: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("part-0.parquet", "Name its files: '*.parquet' in it."),
-        ("part-0.jsonl.gz", "Name its files: '*.jsonl.gz' in it."),
+        ("part-0.parquet", "Name its files: 'data/*.parquet'."),
+        ("part-0.jsonl.gz", "Name its files: 'data/*.jsonl.gz'."),
         ("README.md", "Name files, or a directory made by `Dataset.save_to_disk`."),
     ],
 )

@@ -216,4 +216,4 @@ def test_a_file_that_can_not_be_read_any_more_is_told(write: Write) -> None:
     with pytest.raises(ConfigError) as error:
         list(inputs.rows())
     assert error.value.message == "data.jsonl: can't be read: No such file or directory"
-    assert error.value.hint == "Check the file's owner and permissions."
+    assert error.value.hint == "Check the path, its owner and its permissions."
