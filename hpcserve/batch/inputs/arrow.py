@@ -7,6 +7,7 @@ IPC format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ BATCH_ROWS = 1024
 _READ_BYTES = 1 << 20
 _FILE_MAGIC = b"ARROW1"
 _FEATHER_1_MAGIC = b"FEA1"
-_STREAM_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
-"""End-of-stream marks: that of today, and that from before Arrow 0.15."""
+_CONTINUES = b"\xff\xff\xff\xff"
+"""Begins each message of a stream, except before Arrow 0.15."""
+_ENDS = b"\0\0\0\0"
+"""A message of no length: the end of the stream."""
 
 
 def schema(path: str, name: str, format: Format) -> pyarrow.Schema:
@@ -37,8 +40,7 @@ def schema(path: str, name: str, format: Format) -> pyarrow.Schema:
         if format == "parquet":
             with _parquet_file(path, name) as file:
                 return file.schema_arrow.remove_metadata()
-        with _ipc_source(path, name) as source:
-            return _ipc_reader(source).schema.remove_metadata()
+        return _ipc_reader(_mapped(path), name).schema.remove_metadata()
 
 
 def count(path: str, name: str) -> int:
@@ -52,10 +54,9 @@ def read(path: str, name: str, format: Format) -> Iterator[tuple[str, dict[str, 
     number = 0
     with _complaints(name, format):
         for batch in _parquet_batches(path, name) if format == "parquet" else _ipc_batches(path, name):
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                for columns in _values(batch.slice(start, BATCH_ROWS), name, number):
-                    yield f"{name} row {number}", columns
-                    number += 1
+            for columns in _values(batch, name, number):
+                yield f"{name} row {number}", columns
+                number += 1
 
 
 def _parquet_file(path: str, name: str) -> Any:
@@ -72,47 +73,45 @@ def _parquet_batches(path: str, name: str) -> Iterator[pyarrow.RecordBatch]:
         yield from file.iter_batches(batch_size=min(max(rows, 1), BATCH_ROWS))
 
 
-@contextmanager
-def _ipc_source(path: str, name: str) -> Iterator[Any]:
-    """The file, mapped: some writers make one batch of millions of rows, which must not be read at once."""
-    pyarrow = need("pyarrow", f"{name}: reading Arrow")
-    with pyarrow.memory_map(path) as source:
-        start = source.read(len(_FILE_MAGIC))
-        if start.startswith(_FEATHER_1_MAGIC):
-            raise ConfigError(
-                f"{name}: Feather version 1, which is not Arrow", hint="Write it again as Feather version 2."
-            )
-        if start != _FILE_MAGIC:
-            _check_stream_end(source, name)
-        source.seek(0)
-        yield source
+def _mapped(path: str) -> mmap.mmap:
+    """The file, not read: some writers make one batch of millions of rows.
+
+    It is unmapped when nothing refers to it any more, as pyarrow's buffers do.
+    """
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _check_stream_end(source: Any, name: str) -> None:
-    # The format lets a stream end without the mark, but then rows may be missing and nothing tells.
-    source.seek(max(0, source.size() - len(_STREAM_ENDS[0])))
-    if not source.read().endswith(_STREAM_ENDS):
+def _ipc_reader(content: mmap.mmap, name: str) -> Any:
+    ipc = need("pyarrow.ipc", f"{name}: reading Arrow")
+    if content[: len(_FEATHER_1_MAGIC)] == _FEATHER_1_MAGIC:
+        raise ConfigError(
+            f"{name}: Feather version 1, which is not Arrow", hint="Write it again as Feather version 2."
+        )
+    if content[: len(_FILE_MAGIC)] == _FILE_MAGIC:
+        return ipc.open_file(content)
+    mark = _CONTINUES + _ENDS if content[: len(_CONTINUES)] == _CONTINUES else _ENDS
+    if content[-len(mark) :] != mark:
+        # The format lets a stream end without the mark, but then rows may be missing and nothing tells.
         raise ConfigError(
             f"{name}: not Arrow, or an Arrow stream without its end: rows may be missing",
             hint="Copy or make the file again: its writer must be closed.",
         )
-
-
-def _ipc_reader(source: Any) -> Any:
-    from pyarrow import ipc
-
-    magic = source.read(len(_FILE_MAGIC))
-    source.seek(0)
-    return ipc.open_file(source) if magic == _FILE_MAGIC else ipc.open_stream(source)
+    return ipc.open_stream(content)
 
 
 def _ipc_batches(path: str, name: str) -> Iterator[pyarrow.RecordBatch]:
-    with _ipc_source(path, name) as source:
-        reader = _ipc_reader(source)
-        if hasattr(reader, "num_record_batches"):
-            yield from map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            yield from reader
+    content = _mapped(path)
+    reader = _ipc_reader(content, name)
+    if hasattr(reader, "num_record_batches"):
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        batches = iter(reader)
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
+            # What was read so far stays in the page cache, but is no part of this process any more.
+            content.madvise(mmap.MADV_DONTNEED)
 
 
 _UNFIT = (ValueError, OverflowError)

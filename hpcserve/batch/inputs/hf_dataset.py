@@ -37,7 +37,7 @@ def shards(directory: str) -> list[str]:
     if STATE not in entries:
         raise ConfigError(
             f"{directory}: a directory without {STATE}, so it is no Hugging Face dataset",
-            hint=_content(entries),
+            hint=_content(directory, entries),
         )
     path = os.path.join(directory, STATE)
     state = _json(path)
@@ -81,11 +81,11 @@ def _json(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: broken JSON: {error}", hint="Copy or save the dataset again.") from None
 
 
-def _content(entries: Sequence[str]) -> str:
+def _content(directory: str, entries: Sequence[str]) -> str:
     for suffix in SUFFIXES:
         for ending in (suffix, *(suffix + packed for packed in COMPRESSED)):
             if suffix != ".json" and any(entry.endswith(ending) for entry in entries):
-                return f"Name its files: '*{ending}' in it."
+                return f"Name its files: '{os.path.join(directory, '*' + ending)}'."
     return "Name files, or a directory made by `Dataset.save_to_disk`."
 
 

@@ -50,7 +50,7 @@ def _broken(line: bytes, name: str, number: int) -> ConfigError:
                 hint="Make lines of it with `jq -c '.[]'`.",
             )
         return ConfigError(
-            f"{place}: broken JSON: {error.msg} at column {error.colno}",
+            f"{place}: broken JSON: {error.msg} (column {error.colno})",
             hint="Correct the line."
             if line.endswith(b"\n")
             else "The file ends with this line; was it cut off?",

@@ -62,7 +62,8 @@ def lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
 
 def unreadable(name: str, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{name}: can't be read: {error.strerror or error}", hint="Check the file's owner and permissions."
+        f"{name}: can't be read: {error.strerror or error}",
+        hint="Check the path, its owner and its permissions.",
     )
 
 
