@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import HpcserveError
 from . import history
-from .driver import Driver, Limits
+from .driver import ERROR_RATE, Driver, Limits
 from .finish import finish, is_complete
 from .layout import BatchDir
 from .members import this_process
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         program.add_argument("out", type=Path)
         if name == "drive":
             program.add_argument("--endpoint", type=Path, required=True, help="the run's endpoint.json")
-            program.add_argument("--max-error-rate", type=float, default=Limits.error_rate)
+            program.add_argument("--max-error-rate", type=float, default=ERROR_RATE)
     return parser
 
 

@@ -39,7 +39,7 @@ class BatchRequest:
     messages_column: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     samples: int = 1
-    seed: int = 0
+    seed: int | None = None
     limit: int | None = None
     sample: int | None = None
     format: Output | None = None
@@ -145,7 +145,7 @@ def _read(
 def _known(file: File) -> InputFile:
     return InputFile(
         path=file.path,
-        format=file.format,  # type: ignore[arg-type]
+        format=file.format,
         size=file.size,
         mtime_ns=file.mtime_ns,
         digest=file.digest,

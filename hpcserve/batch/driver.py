@@ -27,6 +27,8 @@ from .work import Work
 
 log = logging.getLogger(__name__)
 
+ERROR_RATE = 0.5
+"""Part of the results that may be errors, where nobody says."""
 _CANARY = 20
 _MOST_ROWS = 8192
 """In flight at once: each takes two sockets of the router."""
@@ -54,7 +56,7 @@ class TooManyErrors(HpcserveError):
 class Limits:
     """When to give up."""
 
-    error_rate: float = 0.5
+    error_rate: float
     """Part of the results that may be errors, once there are _CANARY of them."""
 
 

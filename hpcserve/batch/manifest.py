@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ConfigError, RunError, StorageError
+from .inputs.formats import Format
 from .layout import BatchDir
 
 FORMAT = 1
@@ -21,7 +22,7 @@ class File(msgspec.Struct, frozen=True):
     """One input file."""
 
     path: str
-    format: str
+    format: Format
     size: int
     mtime_ns: int
     digest: str
@@ -39,7 +40,7 @@ class Asked(msgspec.Struct, frozen=True):
     messages_column: str | None
     sampling: dict[str, Any]
     samples: int
-    seed: int
+    seed: int | None
     limit: int | None
     """Rows from the start of the input."""
     sample: int | None

@@ -19,8 +19,8 @@ from .inputs.files import Inputs
 from .journal import Entry, Kind, Lines, set_aside
 from .layout import BatchDir
 from .manifest import Manifest
-from .outputs.answers import Answer
-from .outputs.writers import Writer, open_writer, output_name
+from .outputs.answers import Answer, Writer
+from .outputs.writers import open_writer, output_name
 from .planning import chosen_rows
 from .spool import Spool
 from .tally import Standing
@@ -81,7 +81,8 @@ def _write(
     paths: tuple[Path, Path | None],
 ) -> dict[int, list[int]]:
     """Write all; returns the damaged lines, as offsets by epoch."""
-    lines, damaged = Lines(directory.journals), {}
+    lines = Lines(directory.journals)
+    damaged: dict[int, list[int]] = {}
     samples = manifest.asked.samples
     writer: Writer = open_writer(manifest.output, paths[0], paths[1], inputs=inputs, samples=samples)
     try:
@@ -104,7 +105,7 @@ def _items(
     """Every item in the order of the output, with its row's columns or its custom_id where the format has
     them."""
     samples = manifest.asked.samples
-    if manifest.output != "openai":
+    if manifest.output != "openai" and manifest.kind == "rows":
         for row, found in enumerate(chosen_rows(inputs, manifest.asked)):
             for sample in range(samples):
                 yield row * samples + sample, found.columns, None
@@ -115,9 +116,7 @@ def _items(
     spool = Spool(directory.plan)
     try:
         for request in spool.read(order):
-            row, sample = divmod(request.item, samples)
-            name = f"row-{row}" if samples == 1 else f"row-{row}-{sample}"
-            yield request.item, None, request.custom_id if request.custom_id is not None else name
+            yield request.item, None, request.custom_id
     finally:
         spool.close()
 

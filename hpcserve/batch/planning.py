@@ -30,6 +30,7 @@ from .lengths import Counter
 from .manifest import FORMAT, Asked, File, Manifest, read_manifest
 from .members import started
 from .order import LEVELS, prefix_marks, work_order
+from .outputs.table import check_columns, result_columns
 from .prompts import Prompts, Request, RowError
 from .spool import PLACE, SpoolWriter
 from .work import make_directory
@@ -92,10 +93,14 @@ def _fill(
     spool = SpoolWriter(where)
     marks = bytearray()
     rows = prompt_tokens = 0
+    # Of files with a header the columns were checked before.
+    taken = frozenset(result_columns(asked.samples) if output != "openai" and inputs.kind == "rows" else ())
     try:
         for row, requests in _rendered(chosen_rows(inputs, asked), prompts, counter):
             on_row(row.number)
             rows += 1
+            if not taken.isdisjoint(row.columns):
+                check_columns(row.columns, samples=asked.samples)
             for request, tokens in requests:
                 spool.add(request, tokens)
                 marks += np.array(prefix_marks(request.text), "<u4").tobytes()
@@ -136,7 +141,7 @@ def chosen_rows(inputs: Inputs, asked: Asked) -> Iterator[Row]:
             raise ConfigError(
                 f"--sample {asked.sample}: the input has {total} rows", hint="leave it out for all of them"
             )
-        chosen = sorted(random.Random(asked.seed).sample(range(total), asked.sample))
+        chosen = sorted(random.Random(asked.seed or 0).sample(range(total), asked.sample))
         wanted = iter(chosen)
         next_row = next(wanted)
         for row in inputs.checked_rows():
@@ -193,7 +198,7 @@ def _write(path: Path, values: npt.NDArray[np.uint64]) -> None:
     handle = disk.create(path)
     assert handle is not None, "the directory is this process's own"
     try:
-        disk.append(handle, memoryview(values).cast("B"), path)
+        disk.append(handle, values.tobytes(), path)
         disk.sync(handle, path)
     finally:
         os.close(handle)

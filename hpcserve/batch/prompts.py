@@ -58,8 +58,8 @@ class PromptSpec:
     """Members of the body: temperature, max_tokens, stop, response_format, ..."""
     n: int = 1
     """Samples: answers to each row."""
-    seed: int = 0
-    """The run's; see Prompts."""
+    seed: int | None = None
+    """The run's; see Prompts. None: 0, and only where there are several samples."""
 
 
 class Request(NamedTuple):
@@ -78,11 +78,11 @@ class Request(NamedTuple):
 class Prompts:
     """Makes requests of rows.
 
-    Each request of a plain row has a seed of its own, 31 bits of a hash of (run's seed, row, sample), if
-    its answer is drawn: where `temperature` in `sampling` is not 0, or n > 1. So an answer that has to be
-    computed again, in whatever job, is drawn alike. A `seed` in `sampling` is kept instead: null leaves
-    drawing to the engine; a number is refused with n > 1, since all samples would be the same. OpenAI
-    rows get no seed.
+    With n > 1, or with a run's seed and a temperature, each request of a plain row has a seed of its own, 31
+    bits of a hash of (run's seed, row, sample), so that an answer which has to be computed again, in whatever
+    job, is drawn alike. Not otherwise, for vLLM's sampler draws for seeded requests one after the other. A
+    `seed` in `sampling` is kept instead: null leaves drawing to the engine; a number is refused with n > 1,
+    since all samples would be the same. OpenAI rows get no seed.
     """
 
     def __init__(self, spec: PromptSpec, kind: Kind) -> None:
@@ -95,7 +95,7 @@ class Prompts:
             _check_rows(spec)
         self._template = _template(spec.template, "template")
         self._system = _template(spec.system, "system template")
-        drawn = spec.n > 1 or spec.sampling.get("temperature") != 0
+        drawn = spec.n > 1 or (spec.seed is not None and spec.sampling.get("temperature") != 0)
         self._seeded = kind == "rows" and drawn and "seed" not in spec.sampling
 
     def requests(self, row: Row) -> list[Request]:
@@ -110,7 +110,7 @@ class Prompts:
     def _sample(self, request: Request, row: int, sample: int) -> Request:
         if not self._seeded:
             return request
-        seed = seed_of(self._spec.seed, row, sample)
+        seed = seed_of(self._spec.seed or 0, row, sample)
         # Only this differs between samples; the rest, which can be long, is written as JSON once.
         return request._replace(body=b'%b,"seed":%d}' % (request.body[:-1], seed))
 

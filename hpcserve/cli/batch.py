@@ -53,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
         "--samples", type=positive, default=1, metavar="N", help="answers to each row (default: 1)"
     )
     source.add_argument(
-        "--seed", type=int, default=0, help="what the rows' own seeds are made of (default: 0)"
+        "--seed", type=int, metavar="N", help="give each request a seed of its own, made of N and its row"
     )
     part = parser.add_argument_group("what part, and in what form")
     part.add_argument("--limit", type=positive, metavar="N", help="the first N rows")

@@ -217,19 +217,22 @@ def test_a_seed_stays_the_same_from_release_to_release() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "n", "seeds"),
+    ("sampling", "run", "n", "seeds"),
     [
-        ({}, 1, [seed_of(0, 5, 0)]),
-        ({"temperature": 0.7}, 1, [seed_of(0, 5, 0)]),
-        ({"temperature": 0}, 1, [None]),
-        ({"temperature": 0.0}, 1, [None]),
-        ({"temperature": 0}, 2, [seed_of(0, 5, 0), seed_of(0, 5, 1)]),
-        ({"seed": 42}, 1, [42]),
-        ({"seed": None}, 2, [None, None]),
+        ({}, None, 1, [None]),
+        ({}, 0, 1, [seed_of(0, 5, 0)]),
+        ({"temperature": 0.7}, 3, 1, [seed_of(3, 5, 0)]),
+        ({"temperature": 0}, 3, 1, [None]),
+        ({"temperature": 0.0}, 3, 1, [None]),
+        ({"temperature": 0}, None, 2, [seed_of(0, 5, 0), seed_of(0, 5, 1)]),
+        ({"seed": 42}, 3, 1, [42]),
+        ({"seed": None}, 3, 2, [None, None]),
     ],
 )
-def test_who_draws_has_a_seed(sampling: dict[str, Any], n: int, seeds: list[int | None]) -> None:
-    made = requests(row(5, q="a"), template="{{ q }}", sampling=sampling, n=n)
+def test_who_asks_for_seeds_or_draws_several_samples_has_them(
+    sampling: dict[str, Any], run: int | None, n: int, seeds: list[int | None]
+) -> None:
+    made = requests(row(5, q="a"), template="{{ q }}", sampling=sampling, n=n, seed=run)
     assert [json.loads(request.body).get("seed") for request in made] == seeds
 
 
