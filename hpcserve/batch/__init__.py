@@ -1,0 +1,1 @@
+"""Whole datasets through the pipeline: exactly one row out for each row in."""
