@@ -1,8 +1,8 @@
 """In which order rows are sent: shared prefixes together, long rows first, both pools busy all the time.
 
-Groups    Rows that share the first bytes of their prompts are a group, so that a cache of modest size computes
-          a prefix once. A group has at most `group_limit` rows, or one replica would work while others wait;
-          a more common prefix is cut into pieces and costs one computation more for each.
+Groups    Rows that share the first bytes of their prompts are a group, so that a cache of modest size has to
+          compute a prefix once. A group has at most `group_limit` rows, or one replica would work while others
+          wait; a more common prefix is cut into pieces, and costs one computation more for each.
 Longest   Groups that hold a long row go first, and long rows go first in their group: what starts last is
           what all the others wait for at the end.
 Blend     Prompts are the work of prefill, answers that of decode, and an order by prefix or by length alone
@@ -13,9 +13,10 @@ Tail      A balance that would start a row so late that it ends after all others
           a row moves forward. It concerns about the last `in_flight` rows, and all of a small dataset.
 
 BlendServe (arXiv 2411.16102) scans a tree of prefixes from both of its ends; with two queues their order is
-free, and can be longest first. BatchLLM (arXiv 2412.03594) keeps the rows of a prefix together and starts with
-decode-heavy groups. What is given up here: at any time two groups are open instead of one, long rows which
-move forward visit their prefix apart from their group, and a sub-prefix may be visited twice within its group.
+free, and can be longest first. BatchLLM (arXiv 2412.03594) keeps the rows of a prefix together and starts
+with decode-heavy groups. What is given up here: at any time two groups are open instead of one, long rows
+that move forward visit their prefix apart from their group, and within a group a smaller one may be visited
+twice.
 """
 
 from __future__ import annotations
@@ -119,14 +120,17 @@ def _computed(prompt: Counts, shared: npt.NDArray[np.uint8], limit: int) -> Coun
         sizes = ends - begins
         saved = tokens - tokens * -(-sizes // limit) // sizes
         cached[_spread(begins, ends, len(prompt))] += np.repeat(saved.astype(np.uint32), sizes)
-    return prompt - np.minimum(prompt, cached)
+    np.minimum(prompt, cached, out=cached)
+    return np.subtract(prompt, cached, out=cached)
 
 
 def _duration(prompt: Counts, output: Counts) -> Counts:
     """How long an answer takes, in the time that a token of a prompt takes."""
     # Within 32 bits, whatever anyone expects.
-    answer = np.minimum(output, np.uint32(1 << 25)) * np.uint32(PROMPT_PER_OUTPUT)
-    return answer + np.minimum(prompt, np.uint32(1 << 30))
+    duration = np.minimum(output, np.uint32(1 << 25))
+    duration *= np.uint32(PROMPT_PER_OUTPUT)
+    duration += np.minimum(prompt, np.uint32(1 << 30))
+    return duration
 
 
 # Groups
@@ -134,7 +138,7 @@ def _duration(prompt: Counts, output: Counts) -> Counts:
 
 def _grouped(
     shared: npt.NDArray[np.uint8], prompt: Counts, output: Counts, limit: int
-) -> tuple[Places, Places]:
+) -> tuple[Counts, Places]:
     """The rows' places, group by group, and where each group ends in that order.
 
     First the queue of groups with more than their share of the answers, then that of the others; in both
@@ -166,7 +170,7 @@ def _grouped(
 
 
 def _surplus(prompt: Counts, output: Counts) -> Shares:
-    """The part of all answers less the part of all prompts: what is above 0 is work for decode first of all."""
+    """Each row's part of all answers less its part of all prompts: above 0 it is work for decode first."""
     surplus = output / max(1, int(output.sum(dtype=np.int64)))
     surplus -= prompt / max(1, int(prompt.sum(dtype=np.int64)))
     return surplus
