@@ -1,4 +1,4 @@
-"""How many tokens a text has: counted by the model's own tokenizer where its file is on this host, else guessed.
+"""How many tokens a text has: counted by the model's own tokenizer where that is on this host, else guessed.
 
 Only `tokenizer.json` is read (https://huggingface.co/docs/tokenizers), never the network. The count is of the
 text as it is: what a chat template adds around it is not in it.
@@ -62,7 +62,7 @@ class Counter:
         return self.count_all((text,))[0]
 
     def count_all(self, texts: Sequence[bytes]) -> list[int]:
-        """Of some thousand texts at once: the tokenizer uses all cores then. Bytes that are not UTF-8 count."""
+        """Of some thousand texts at once: the tokenizer uses all cores then. They need not be UTF-8."""
         if self._tokenizer is None:
             return [-(-len(text) // BYTES_PER_TOKEN) for text in texts]
         decoded = [text.decode("utf-8", "replace") for text in texts]

@@ -1,8 +1,8 @@
 """In which order rows are sent: shared prefixes together, long rows first, both pools busy all the time.
 
 Groups    Rows that share the first bytes of their prompts are a group, so that a cache of modest size has to
-          compute a prefix once. A group has at most `group_limit` rows, or one replica would work while others
-          wait; a more common prefix is cut into pieces, and costs one computation more for each.
+          compute a prefix once. A group has at most `group_limit` rows, or one replica would work while
+          others wait; a more common prefix is cut into pieces, and costs one computation more for each.
 Longest   Groups that hold a long row go first, and long rows go first in their group: what starts last is
           what all the others wait for at the end.
 Blend     Prompts are the work of prefill, answers that of decode, and an order by prefix or by length alone

@@ -1,4 +1,4 @@
-"""The order of work, in numbers: prefixes together, long rows first, both pools busy, groups not too large."""
+"""The order of work in numbers: prefixes together, long rows first, both pools busy, groups not too large."""
 
 from __future__ import annotations
 
