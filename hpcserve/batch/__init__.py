@@ -1,1 +1,1 @@
-"""Datasets through models: every row of the input gives exactly one row of the output."""
+"""Whole datasets through the pipeline: exactly one row out for each row in."""
