@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import HpcserveError
 from . import history
 from .driver import ERROR_RATE, Driver, Limits
-from .finish import finish, is_complete
+from .finish import finish, settle
 from .layout import BatchDir
 from .members import this_process
 from .merge import Unfinished
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(directory: BatchDir) -> int:
     """Is there something to do that is worth loading a model for? Raises RunError and StorageError."""
-    if is_complete(directory):
+    if settle(directory):
         print(f"{directory.out} is complete", file=sys.stderr)
         return COMPLETE
     if directory.stop.exists():

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from .. import __version__
 from ..errors import ConfigError
-from .finish import is_complete
+from .finish import settle
 from .inputs.files import InputFile, Inputs, open_inputs
 from .layout import BatchDir
 from .lengths import Counter
@@ -86,7 +86,7 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
     if before is not None:
         check_same(before, _as_asked(inputs, asked, output, request.order), directory)
         directory.stop.unlink(missing_ok=True)
-        return Begun(directory, before, True, is_complete(directory))
+        return Begun(directory, before, True, settle(directory))
     _check_new(directory, inputs, output, request)
     manifest = make_plan(
         directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row

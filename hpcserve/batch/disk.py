@@ -8,12 +8,18 @@ same command goes on.
 from __future__ import annotations
 
 import errno
+import io
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import StorageError
 from ..rundir.atomic import storage_error
+
+if TYPE_CHECKING:
+    # collections.abc has it from Python 3.12.
+    from typing_extensions import Buffer
 
 _HINTS = {
     errno.ENOSPC: "free space there; then give the same command again, and it goes on where it stopped",
@@ -108,6 +114,29 @@ def write_new(path: Path, data: bytes) -> bool:
     finally:
         with suppress(OSError):  # the next run's sweep() takes it
             os.unlink(temporary)
+
+
+class NewFile(io.RawIOBase):
+    """A file that is written from its beginning; an older one of its name is replaced. Raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        return os.write(self._handle, data)
+
+    def fsync(self) -> None:
+        """Returns when what was written is on the disk."""
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            os.close(self._handle)
 
 
 def _same(one: Path, other: Path) -> bool:

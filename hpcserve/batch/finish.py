@@ -21,8 +21,22 @@ def output_path(directory: BatchDir, manifest: Manifest) -> Path:
 
 
 def is_complete(directory: BatchDir) -> bool:
-    """Raises RunError when nothing was planned there, and StorageError."""
-    return output_path(directory, read_manifest(directory)).exists()
+    """Merged, reported and cleared up. Raises RunError when nothing was planned there, and StorageError."""
+    return output_path(directory, read_manifest(directory)).exists() and not directory.journals.exists()
+
+
+def settle(directory: BatchDir) -> bool:
+    """Is it complete? Where somebody was killed in the middle of finish(), that is done first.
+
+    Raises as finish() does.
+    """
+    if not output_path(directory, read_manifest(directory)).exists():
+        return False
+    if directory.report_text.exists():
+        _clear(directory)
+    else:
+        finish(directory)
+    return True
 
 
 def finish(directory: BatchDir) -> Merged:
@@ -31,13 +45,19 @@ def finish(directory: BatchDir) -> Merged:
     manifest = read_manifest(directory)
     merged = merge(directory, manifest, inputs_of(manifest))
     write_report(directory, make_report(manifest, merged, history.read(directory)))
-    for path in (directory.journals, directory.claims):
-        shutil.rmtree(path, ignore_errors=True)
+    _clear(directory)
+    return merged
+
+
+def _clear(directory: BatchDir) -> None:
+    """Remove what a finished batch has no use for."""
     for path in directory.plan.iterdir():
         # The manifest stays: the same command finds that all is done.
         if path != directory.manifest:
             path.unlink(missing_ok=True)
-    return merged
+    shutil.rmtree(directory.claims, ignore_errors=True)
+    # Last: while they are there, somebody has to come back.
+    shutil.rmtree(directory.journals, ignore_errors=True)
 
 
 def inputs_of(manifest: Manifest) -> Inputs:

@@ -19,6 +19,7 @@ from .inputs.files import Inputs
 from .journal import Entry, Kind, Lines, set_aside
 from .layout import BatchDir
 from .manifest import Manifest
+from .members import started
 from .outputs.answers import Answer, Writer
 from .outputs.writers import open_writer, output_name
 from .planning import chosen_rows
@@ -55,6 +56,7 @@ def merge(directory: BatchDir, manifest: Manifest, inputs: Inputs) -> Merged:
     name = output_name(manifest.output)
     output = directory.out / name
     errors = directory.out / "errors.jsonl" if manifest.output == "openai" else None
+    _sweep(directory.out)
     temporary = _temporary(output), None if errors is None else _temporary(errors)
     try:
         damaged = _write(directory, manifest, inputs, standing, temporary)
@@ -128,6 +130,15 @@ def _answer(entry: Entry, samples: int, columns: dict[str, Any] | None, custom_i
         body=bytes(entry.body), error=None if entry.kind == Kind.ANSWER else entry.error,
         attempts=entry.attempts, request_id=entry.request_id,
     )  # fmt: skip
+
+
+def _sweep(out: Path) -> None:
+    """Remove what merges of this host left that are no more."""
+    host = os.uname().nodename
+    for path in out.glob(f".*.{host}.*"):
+        number = path.name.partition(f".{host}.")[2].partition(".")[0]
+        if number.isdigit() and started(int(number)) is None:
+            path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

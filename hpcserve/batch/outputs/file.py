@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ...errors import StorageError
 from ...rundir.atomic import storage_error
+from ..disk import NewFile
 
 _BUFFER = 1 << 20
 _HINT = "free space there or choose another directory for the results, then give the same command again"
@@ -21,7 +22,8 @@ class OutputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = path.open("wb", buffering=_BUFFER)
+            self._raw = NewFile(path)
+            self.file = io.BufferedWriter(self._raw, _BUFFER)
         except OSError as error:
             raise storage_error(error, "write", hint=_HINT) from error
 
@@ -38,7 +40,7 @@ class OutputFile:
             return
         try:
             self.file.flush()
-            os.fsync(self.file.fileno())
+            self._raw.fsync()
             self.file.close()
         except OSError as error:
             raise self.failed(error) from error

@@ -184,7 +184,7 @@ class ParquetWriter:
             before.unlink(missing_ok=True)
 
     def _copy(self, file: pq.ParquetFile, writer: pq.ParquetWriter) -> str | None:
-        """Write all rows of a file; the name of a column whose values do not fit its type, if there is one."""
+        """Write all rows of a file; the name of a column whose values do not fit its type, if any."""
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             columns = []
