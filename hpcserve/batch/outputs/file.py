@@ -41,6 +41,7 @@ class OutputFile:
             os.fsync(self.file.fileno())
             self.file.close()
         except OSError as error:
+            self.abandon()
             raise self.failed(error) from error
 
     def abandon(self) -> None:
