@@ -79,7 +79,8 @@ def test_a_failure_shows_its_code_and_message_only() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["choices", "message", "content", "data", "embedding", "usage", "output", "text"]),
         inner, max_size=4,
