@@ -73,7 +73,8 @@ class Batch:
         return "\n".join([self.launches.cluster.slurm("squeue"), *ends])
 
     def check_rows(self) -> None:
-        counts = Counter(json.loads(line)["custom_id"] for line in (self.out / "output.jsonl").open())
+        lines = (self.out / "output.jsonl").read_text().splitlines()
+        counts = Counter(json.loads(line)["custom_id"] for line in lines)
         assert counts == Counter({f"r{number}": 1 for number in range(ROWS)})
         assert (self.out / "errors.jsonl").read_text() == ""
 
@@ -96,7 +97,7 @@ def no_job(cluster: Testbed) -> bool:
 
 @pytest.mark.timeout(600)
 def test_a_chain_of_jobs_finishes_what_needs_several_walltimes(cluster: Testbed, batch: Batch) -> None:
-    batch.submit("--walltime=00:01:00", "--jobs=8")
+    batch.submit("--walltime=00:01:00", "--jobs=8", "--set=engine_args.itl-ms=50")
     wait_for(lambda: batch.complete, seconds=500, what="the chain to finish", state=batch.logs)
     batch.check_rows()
     worked = [part for part in batch.parts if part["results"]]
