@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ def batch(launches: Launches, request: pytest.FixtureRequest) -> Batch:
         line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
         lines.append(json.dumps(line) + "\n")
     model = launches.file(f"{name}.yaml", MODEL)
-    return Batch(launches, model, launches.file(f"{name}.jsonl", "".join(lines)))
+    batch = Batch(launches, model, launches.file(f"{name}.jsonl", "".join(lines)))
+    shutil.rmtree(batch.out, ignore_errors=True)  # of an earlier session: homes outlive the cluster
+    return batch
 
 
 def no_job(cluster: Testbed) -> bool:
@@ -114,11 +117,18 @@ def test_a_chain_of_jobs_finishes_what_needs_several_walltimes(cluster: Testbed,
 def test_a_job_that_is_cancelled_or_requeued_loses_nothing(cluster: Testbed, batch: Batch) -> None:
     [name] = batch.submit("--set=engine_args.itl-ms=40")
     wait_for(lambda: batch.done > 50, what="the first rows", state=batch.logs)
-    cluster.slurm("scontrol", "update", f"JobId={batch.job(name)}", "Requeue=1")
-    cluster.slurm("scontrol", "requeue", batch.job(name))
+    job = batch.job(name)
+    cluster.slurm("scontrol", "update", f"JobId={job}", "Requeue=1")
+    cluster.slurm("scontrol", "requeue", job)
+    wait_for(
+        lambda: cluster.slurm("squeue", "--noheader", f"--jobs={job}", "--format=%t").strip() == "PD",
+        what="the job to be back in the queue", state=batch.logs,
+    )  # fmt: skip
+    # Slurm would let it wait for two minutes.
+    cluster.slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
     before = batch.done
     wait_for(lambda: batch.done > before + 50, what="the requeued job to go on", state=batch.logs)
-    cluster.slurm("scancel", batch.job(name))
+    cluster.slurm("scancel", job)
     wait_for(lambda: no_job(cluster), what="the cancelled job to end", state=batch.logs)
     assert not batch.complete
     batch.submit("--set=engine_args.itl-ms=40")
