@@ -16,6 +16,8 @@ from .work import Work
 _UNKNOWN_ANSWER = 256.0
 """Tokens, before any answer came and where the request does not bound it."""
 _DISTINCT_ERRORS = 10
+_LINES_EVERY = 10.0
+"""Seconds between two lines where nobody watches a terminal."""
 _WINDOW = 300.0
 """Seconds over which the present rate is taken."""
 
@@ -26,7 +28,9 @@ class Progress:
     def __init__(self, terminal: TextIO = sys.stderr) -> None:
         self._terminal = terminal
         self._is_tty = terminal.isatty()
-        self.every = 1.0 if self._is_tty else 10.0
+        self.every = 1.0
+        """Seconds between two calls of show()."""
+        self._told = 0.0
         self.began = time.time()
         self.first_result: float | None = None
         self.last_result: float | None = None
@@ -110,7 +114,8 @@ class Progress:
             self._clear()
             print(text, end="", file=self._terminal, flush=True)
             self._shown = len(text)
-        else:
+        elif time.time() - self._told >= _LINES_EVERY:
+            self._told = time.time()
             print(text, file=self._terminal, flush=True)
 
     def _clear(self) -> None:
