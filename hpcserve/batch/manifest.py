@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 
+from .. import __version__
 from ..errors import ConfigError, RunError, StorageError
+from . import disk
 from .inputs.formats import Format
 from .layout import BatchDir
 
@@ -71,30 +73,38 @@ class Manifest(msgspec.Struct, frozen=True):
     """They were counted with the model's tokenizer."""
 
 
+class _Told(msgspec.Struct):
+    """What a manifest of any format has."""
+
+    format: int
+    version: str = "of another version"
+
+
 def read_manifest(directory: BatchDir) -> Manifest:
     """Raises RunError when nothing was planned there, and StorageError."""
     path = directory.manifest
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except FileNotFoundError:
+        text = path.read_bytes()
+        # Another format may have other members: what it is comes first.
+        told = msgspec.json.decode(text, type=_Told)
+        if told.format != FORMAT:
+            raise StorageError(
+                f"{path} has format {told.format}, this hpcserve ({__version__}) reads {FORMAT}",
+                hint=f"finish it with hpcserve {told.version}, or give another output directory with -o",
+            )
+        return msgspec.json.decode(text, type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(
             f"no batch was planned in {directory.out}",
             hint="`hpcserve batch MODEL.yaml DATA -o DIR` plans one",
         ) from None
     except OSError as error:
+        raise disk.failed(error, "read") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StorageError(
-            f"can't read {path}: {error.strerror}", hint="look at that path on this host"
+            f"{path} is damaged: {error}",
+            hint=f"remove {directory.work} to plan anew; the answers in it are lost then",
         ) from error
-    except msgspec.DecodeError as error:
-        raise StorageError(
-            f"{path} is damaged: {error}", hint="remove the directory `.batch` there to plan anew"
-        ) from error
-    if manifest.format != FORMAT:
-        raise StorageError(
-            f"{path} has format {manifest.format}, this hpcserve reads {FORMAT}",
-            hint=f"finish it with hpcserve {manifest.version}, or give another output directory",
-        )
-    return manifest
 
 
 def check_same(before: Manifest, now: Manifest, directory: BatchDir) -> None:
