@@ -25,9 +25,7 @@ _WRITABLE = "make it writable, or give another directory with -o"
 _HINTS = {
     errno.ENOSPC: "free space there; then give the same command again, and it goes on where it stopped",
     errno.EDQUOT: "your quota is used up: delete files; then give the same command again, and it goes on",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "make it writable, or give another directory with -o"
-    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _WRITABLE),
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another directory with -o"),
     errno.ESTALE: "the file system was mounted anew; give the same command again, and it goes on",
 }

@@ -7,6 +7,7 @@ with the differences, for answers to two questions must not be mixed in one file
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -18,6 +19,8 @@ from .inputs.formats import Format
 from .layout import BatchDir
 
 FORMAT = 1
+_AROUND = 30
+"""Characters that are shown before a difference in long texts; twice as many follow."""
 
 
 class File(msgspec.Struct, frozen=True):
@@ -123,7 +126,14 @@ def differences(before: Manifest, now: Manifest) -> Iterator[str]:
     old, new = _essence(before), _essence(now)
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
-            yield f"{name}: {_short(old.get(name))} → {_short(new.get(name))}"
+            yield f"{name}: {_change(old.get(name), new.get(name))}"
+    # A file may move; what is in it may not change.
+    for number, (was, is_) in enumerate(zip_longest(before.files, now.files), 1):
+        if was is None or is_ is None:
+            yield f"input {number}: {'none' if was is None else was.path} → {is_.path if is_ else 'none'}"
+        elif was.digest != is_.digest:
+            moved = f" → {is_.path}" if was.path != is_.path else ""
+            yield f"input {number}: {was.path}{moved}: its content is another one"
 
 
 def _essence(manifest: Manifest) -> dict[str, Any]:
@@ -131,13 +141,25 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
     sampling: Mapping[str, Any] = asked.pop("sampling")
     found = {**asked, **{f"sampling {name}": value for name, value in sampling.items()}}
     found |= {"output": manifest.output, "order": manifest.order, "kind": manifest.kind}
-    # A file may move; what is in it may not change.
-    found |= {f"input {number + 1}": file.digest for number, file in enumerate(manifest.files)}
     return found
 
 
-def _short(value: Any) -> str:
+def _change(old: Any, new: Any) -> str:
+    """Both values in short, long ones from a little before their first difference on."""
+    one, other = _shown(old), _shown(new)
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = same - _AROUND if same > 2 * _AROUND else 0
+    return f"{_cut(one, start)} → {_cut(other, start)}"
+
+
+def _shown(value: Any) -> str:
     if value is None:
         return "none"
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
+    if isinstance(value, str) and value.isprintable():
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + 3 * _AROUND
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"

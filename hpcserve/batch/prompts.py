@@ -293,10 +293,28 @@ def _check_rows(spec: PromptSpec) -> None:
     for name, reason in _NOT_SAMPLING.items():
         if name in spec.sampling:
             raise ConfigError(f"--sampling: `{name}` can't be set: {reason}", hint=_INSTEAD.get(name, _LEAVE))
+    _check_values(spec.sampling)
     if spec.n > 1 and spec.sampling.get("seed") is not None:
         raise ConfigError(
             f"--sampling: with `seed`, all {spec.n} samples of a row would be the same",
             hint="Give --seed, of which each sample's is made.",
+        )
+
+
+def _check_values(sampling: Mapping[str, Any]) -> None:
+    """What every engine would refuse in every row, after the model was loaded."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        most = sampling.get(name)
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ConfigError(
+                f"--sampling: `{name}` must be a whole number from 1, not {_shown(most)}",
+                hint=f"For example --sampling {name}=512.",
+            )
+    heat = sampling.get("temperature")
+    if heat is not None and (not isinstance(heat, int | float) or isinstance(heat, bool) or not heat >= 0):
+        raise ConfigError(
+            f"--sampling: `temperature` must be a number from 0, not {_shown(heat)}",
+            hint="For example --sampling temperature=0.7.",
         )
 
 

@@ -299,5 +299,5 @@ def _rate(text: str) -> float:
     except ValueError:
         rate = -1.0
     if not 0 <= rate <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 0.01 or 1%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part from 0 to 1, such as 0.01 or 1%")
     return rate

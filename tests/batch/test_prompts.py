@@ -248,8 +248,8 @@ def test_bodies_are_json_and_hold_what_the_row_holds(text: str, n: int) -> None:
 
 
 WAYS = (
-    "A template makes a chat of columns; the prompt column is completed as it is; the messages column has whole"
-    " chats."
+    "A template makes a chat of columns; the prompt column is completed as it is; the messages column"
+    " has whole chats."
 )
 
 
