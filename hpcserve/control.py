@@ -8,9 +8,11 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from . import slurm
+from .batch.layout import BatchDir
 from .errors import JobError, RunError, SlurmError, StorageError
 from .rundir.atomic import read_json, write_text
 from .rundir.events import Event, read_events
@@ -250,6 +252,7 @@ def stop(run: Run) -> Stopping:
         raise RunError(
             f"run {run.record.run_id} is a local one on {run.record.host}", hint="stop it from that host"
         )
+    _stop_batch(run)
     over = seen.state in ("failed", "stopped", "ended")
     # An event says how it ended, but only the scheduler knows that nothing is left running.
     if job_id is None or (over and not _alive(run)):
@@ -268,6 +271,18 @@ def stop(run: Run) -> Stopping:
     if detail:
         scheduler.cancel(job_id, force=False)
     return Stopping(action="draining", detail=detail)
+
+
+def _stop_batch(run: Run) -> None:
+    """Where the run is for a batch, jobs that wait to go on with it must not either."""
+    try:
+        batch = read_json(run.directory.plan).get("batch")
+    except FileNotFoundError:
+        return
+    if batch is not None:
+        stop = BatchDir(Path(batch["output"])).stop
+        if stop.parent.is_dir():
+            write_text(stop, f"{time.time():.0f}\n")
 
 
 def _stop_without_scheduler(run: Run, outage: SlurmError) -> Stopping:

@@ -74,7 +74,7 @@ def test_answers_through_nixl_equal_one_engine_and_decode_keeps_its_speed(
     run = launches.launch(MODEL.format(model=model), name="smollm2", nodes=2)
     try:
         run.wait_ready(seconds=2 * _START)
-        commands = {role: engine_command(cluster, run, role) for role in ("prefill", "decode")}
+        command = engine_command(cluster, run, "decode")
         before = nixl_bytes(run)
         answers = [answer(run.url, question, run.api_key) for question in QUESTIONS]
         moved = nixl_bytes(run) - before
@@ -82,7 +82,7 @@ def test_answers_through_nixl_equal_one_engine_and_decode_keeps_its_speed(
     finally:
         run.cancel()
 
-    with by_hand(cluster, "n1", commands["prefill"]), by_hand(cluster, "n2", commands["decode"]) as url:
+    with by_hand(cluster, "n2", command) as url:
         hand = decode_speed(url, run.job_key)
 
     with capsys.disabled():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import os
-from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from .column_types import is_json_text
 from .jsonl import JsonlWriter
 from .openai import ID_PREFIX, Line
 from .parquet import ParquetWriter
+from .shown import vector
 from .table import RESULTS, table_row
 
 Format = Literal["openai", "jsonl", "parquet"]
@@ -42,7 +42,9 @@ def convert(source: Path, target: Path, *, warn: Callable[[str], None] = lambda 
     """
     if target.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(
-            f"{target}: results can be converted to .jsonl and .parquet", hint="Give the file such a suffix."
+            f"{target}: results can be converted to .jsonl and .parquet; a table has no whole answers, so it"
+            " can't become OpenAI's batch lines",
+            hint="Give the file such a suffix.",
         )
     if target.exists():
         raise ConfigError(f"{target} is there already", hint="Remove it, or choose another name.")
@@ -137,9 +139,7 @@ def _jsonl_rows(path: Path) -> Iterator[_Row]:
             row = _decode_row(line)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise _broken(path, number, error) from error
-        if isinstance(row.get("response"), list):
-            row["response"] = array("f", row["response"])
-        yield row
+        yield _with_vector(row)
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
@@ -151,13 +151,19 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
                     for name in texts:
                         if row[name] is not None:
                             row[name] = msgspec.json.decode(row[name])
-                    if isinstance(row.get("response"), list):
-                        row["response"] = array("f", row["response"])
-                    yield row
+                    yield _with_vector(row)
     except OSError as error:
         raise storage_error(error, "read") from error
     except pa.ArrowException as error:
         raise ConfigError(f"{path}: {error}", hint="Is it whole, and a file of results?") from error
+
+
+def _with_vector(row: _Row) -> _Row:
+    """A list for a response is an embedding."""
+    if isinstance(row.get("response"), list):
+        found = vector(row["response"])
+        row["response"] = row["response"] if found is None else found
+    return row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -43,6 +43,7 @@ class OutputFile:
             self._raw.fsync()
             self.file.close()
         except OSError as error:
+            self.abandon()
             raise self.failed(error) from error
 
     def abandon(self) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from .answers import Answer, failure, is_json
 from .file import LinesWriter
+from .text import whole_characters
 
 ID_PREFIX = "batch_req_"
 
@@ -50,9 +51,9 @@ class OpenAIWriter(LinesWriter):
         failed = failure(answer)
         line = Line(
             id=f"{ID_PREFIX}{answer.item}",
-            custom_id=self._custom_id(answer),
+            custom_id=whole_characters(self._custom_id(answer)),
             response=_response(answer) if answer.status else None,
-            error=Error(*failed) if failed is not None else None,
+            error=Error(*map(whole_characters, failed)) if failed is not None else None,
         )
         self._files[failed is not None].write_line(_encode(line))
 

@@ -8,6 +8,7 @@ and a column can be widened a few times at most; a type that was wrong at row 9 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .answers import Answer
 from .column_types import JSON_TEXT, column, inferred, is_json_text, merged, texts
 from .file import OutputFile
 from .table import SAMPLE, result_columns, table_row
-from .text import json_bytes
+from .text import json_bytes, whole_characters
 
 GROUP_ROWS = 16_384
 GROUP_BYTES = 64 << 20
@@ -97,6 +98,8 @@ class ParquetWriter:
         known = {*self._names, *self._results}
         for row in rows:
             if row.keys() - known:
+                for name in [name for name in row if name != whole_characters(name)]:
+                    row[whole_characters(name)] = row.pop(name)
                 new = [name for name in row if name not in known]
                 self._names += new
                 known.update(new)
@@ -179,12 +182,12 @@ class ParquetWriter:
                         return writer
                     # Integers too large for the floats that came later, for one.
                     self._make_text(unfit, self._written)
-                    self._file.abandon()
+                    self._abandon(writer)
         finally:
             before.unlink(missing_ok=True)
 
     def _copy(self, file: pq.ParquetFile, writer: pq.ParquetWriter) -> str | None:
-        """Write all rows of a file; the name of a column whose values do not fit its type, if any."""
+        """Write all rows of a file. The name of a column whose values do not fit its type, if one is."""
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             columns = []
@@ -206,7 +209,13 @@ class ParquetWriter:
         if error is None:
             self.close()
         else:
-            self._file.abandon()
+            self._abandon(self._parquet)
+
+    def _abandon(self, parquet: pq.ParquetWriter | None) -> None:
+        with contextlib.suppress(OSError, pa.ArrowException):
+            if parquet is not None:
+                parquet.close()  # or it would try when it is collected, without a file
+        self._file.abandon()
 
 
 def _recast(table: pa.Table, field: pa.Field) -> pa.Array | pa.ChunkedArray | None:

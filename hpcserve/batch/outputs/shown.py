@@ -60,7 +60,7 @@ def _shown(body: dict[str, Any]) -> Shown:
     if output:
         return _of_responses(body, output)
     data = _objects(body.get("data"))
-    vectors = [vector for vector in (_vector(entry.get("embedding")) for entry in data) if vector is not None]
+    vectors = [found for found in (vector(entry.get("embedding")) for entry in data) if found is not None]
     if len(data) == 1 and vectors:
         return Shown(response=vectors[0])
     for scores in (data, _objects(body.get("results"))):
@@ -118,7 +118,7 @@ def _parts(contents: Iterable[object]) -> list[str]:
     return [part["text"] for part in parts if isinstance(part.get("text"), str)]
 
 
-def _vector(value: object) -> array[float] | None:
+def vector(value: object) -> array[float] | None:
     """32-bit floats, from a list or from base64 (`encoding_format`)."""
     try:
         if isinstance(value, list):

@@ -21,7 +21,10 @@ def result_columns(samples: int) -> tuple[str, ...]:
 
 
 def check_columns(names: Iterable[str], *, samples: int = 1) -> None:
-    """Raises ConfigError if a column of the input has the name of one that the results add."""
+    """Raises ConfigError if a column of the input has the name of one that the results add.
+
+    `names` must be those of all rows: in lines of JSON a column may come late, and would be written over.
+    """
     added = result_columns(samples)
     for name in names:
         if name in added:
