@@ -179,8 +179,10 @@ def _max_tokens(path: str, body: Mapping[str, Any]) -> int | None:
     if path not in _ANSWER_LIMITS:
         return 0
     for member in _ANSWER_LIMITS[path]:
-        if isinstance(body.get(member), int):
-            return int(body[member])
+        most = body.get(member)
+        if isinstance(most, int):
+            # What is out of range the engine refuses, and the row says so.
+            return int(most) if 0 < most < 1 << 32 else None
     return _COMPLETION_TOKENS if path == COMPLETIONS else None
 
 

@@ -434,3 +434,12 @@ def test_prompts_that_begin_alike_have_texts_that_begin_alike(start: list[str], 
     shared = "\n".join(f"user\n{part}" for part in start).encode()
     assert text(one).startswith(shared)
     assert text(other).startswith(shared)
+
+
+@pytest.mark.parametrize(("most", "known"), [(5, 5), (-1, None), (1 << 32, None), ("many", None)])
+def test_a_bound_that_no_engine_takes_is_left_to_the_engine(most: Any, known: int | None) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": most}
+    columns = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    [request] = Prompts(PromptSpec(model="tiny"), "openai").requests(Row(0, "x:1", columns))
+    assert request.max_tokens == known
+    assert json.loads(request.body)["max_tokens"] == most
