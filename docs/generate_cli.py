@@ -32,6 +32,8 @@ beginning, or a job id.
 | 6 | the job ran and failed |
 | 7 | a run directory can't be written |
 | 8 | no such run, or its endpoint does not answer |
+| 9 | so many rows of a batch fail that it was stopped |
+| 75 | a batch has more to do: the same command goes on with it |
 | 130 | Ctrl-C, or nobody reads the output any more |
 
 | variable | meaning |

@@ -11,13 +11,17 @@ HpcserveError                 what users see as `error:` and `hint:`
 │   ├── EngineError       6   an engine did not start or died for good
 │   └── KVPathError       6   no KV bytes moved between prefill and decode
 ├── StorageError          7   a run directory can't be written: permissions, quota, full disk
-└── RunError              8   no such run, or its endpoint does not answer
+├── RunError              8   no such run, or its endpoint does not answer
+└── TooManyErrors         9   so many rows of a batch fail that going on would waste the job
 
 The number is the command's exit status. 0 is success, 1 is a bug in hpcserve (a traceback is
-printed), 130 is Ctrl-C.
+printed), 130 is Ctrl-C. 75 is no error: a batch has more to do, and the same command goes on with it.
 """
 
 from __future__ import annotations
+
+MORE_TO_DO = 75
+"""sysexits.h's EX_TEMPFAIL: the exit status where a batch is left unfinished, and nothing is wrong."""
 
 
 class HpcserveError(Exception):
@@ -83,3 +87,7 @@ class StorageError(HpcserveError):
 
 class RunError(HpcserveError):
     exit_code = 8
+
+
+class TooManyErrors(HpcserveError):
+    exit_code = 9

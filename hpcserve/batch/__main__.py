@@ -1,7 +1,6 @@
 """Programs that run inside a job: `python -m hpcserve.batch {check|drive} OUT`.
 
-They end with 0 when there is nothing more to do, 75 (EX_TEMPFAIL) when there is, and with an error's own
-status.
+They end with 0 when there is nothing more to do, 75 when there is, and with an error's own status.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from ..errors import HpcserveError
+from ..errors import MORE_TO_DO, HpcserveError, JobError
 from . import history
 from .driver import ERROR_RATE, Driver, Limits
 from .finish import finish, settle
@@ -24,7 +23,7 @@ from .progress import Progress
 from .sending import Endpoint
 from .work import Work, make_directory
 
-COMPLETE, MORE = 0, 75
+COMPLETE = 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(directory: BatchDir) -> int:
-    """Is there something to do that is worth loading a model for? Raises RunError and StorageError."""
+    """Is there something to do that is worth loading a model for? Raises JobError, when the last jobs got
+    nothing done, RunError and StorageError."""
     if settle(directory):
         print(f"{directory.out} is complete", file=sys.stderr)
         return COMPLETE
@@ -49,14 +49,12 @@ def check(directory: BatchDir) -> int:
         print(f"the batch in {directory.out} was stopped; the same command goes on with it", file=sys.stderr)
         return COMPLETE
     parts = history.read(directory)
-    if history.stuck(parts):
-        print(
-            f"error: the last {history.STUCK} jobs of {directory.out} had no result: {parts[-1].how}\n\n"
-            "hint: `hpcserve logs` of the last run shows why; the same command tries again",
-            file=sys.stderr,
+    if history.stuck(parts, since=directory.asked):
+        raise JobError(
+            f"the last {history.STUCK} jobs of {directory.out} had no result: {parts[-1].how}",
+            hint="`hpcserve logs` of the last run shows why; the same command tries again",
         )
-        return HpcserveError.exit_code
-    return MORE
+    return MORE_TO_DO
 
 
 def drive(directory: BatchDir, endpoint: Path, limits: Limits) -> int:
@@ -83,12 +81,12 @@ def drive(directory: BatchDir, endpoint: Path, limits: Limits) -> int:
         progress.note("all that is left is in the hands of other jobs")
         return COMPLETE
     if how == "more":
-        return MORE
+        return MORE_TO_DO
     try:
         merged = finish(directory)
     except Unfinished as error:
         progress.note(f"{error.items} lines of the journals are damaged; their rows are done again")
-        return MORE
+        return MORE_TO_DO
     progress.note(f"complete: {merged.items:,} rows, {merged.failed:,} of them errors: {merged.output}")
     return COMPLETE
 

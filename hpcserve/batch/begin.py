@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .. import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, RunError
+from . import disk
 from .finish import settle
 from .inputs.files import InputFile, Inputs, open_inputs
 from .layout import BatchDir
@@ -80,24 +82,36 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
     """Plan, or go on with the plan that is there. Raises ConfigError, also with the differences to a batch of
     another command, and StorageError."""
     directory = BatchDir(request.output.absolute())
-    before = read_manifest(directory) if directory.manifest.exists() else None
+    before = _before(directory)
     inputs, prompts, counter, asked = _read(request, model, before)
     output = request.format or _natural(inputs)
     if before is not None:
         check_same(before, _as_asked(inputs, asked, output, request.order), directory)
-        directory.stop.unlink(missing_ok=True)
-        return Begun(directory, before, True, settle(directory))
+        complete = settle(directory)
+        if not complete:
+            directory.stop.unlink(missing_ok=True)
+            disk.write_whole(directory.asked, b"")
+        return Begun(directory, before, True, complete)
     _check_new(directory, inputs, output, request)
     manifest = make_plan(
         directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row
     )
+    # Somebody else may have been quicker, and asked for something else.
+    check_same(manifest, _as_asked(inputs, asked, output, request.order), directory)
     return Begun(directory, manifest, False, False)
 
 
 def preview(request: BatchRequest, model: Model, rows: int) -> list[Preview]:
-    """The first rendered prompts, as they would be sent. Raises ConfigError."""
-    inputs, prompts, counter, asked = _read(request, model, None)
-    _check_new(BatchDir(request.output.absolute()), inputs, request.format or _natural(inputs), request)
+    """The first rendered prompts, as they would be sent. Raises ConfigError and StorageError as begin() does,
+    and writes nothing."""
+    directory = BatchDir(request.output.absolute())
+    before = _before(directory)
+    inputs, prompts, counter, asked = _read(request, model, before)
+    output = request.format or _natural(inputs)
+    if before is None:
+        _check_new(directory, inputs, output, request)
+    else:
+        check_same(before, _as_asked(inputs, asked, output, request.order), directory)
     found = []
     for row in islice(chosen_rows(inputs, asked), rows):
         try:
@@ -111,9 +125,24 @@ def preview(request: BatchRequest, model: Model, rows: int) -> list[Preview]:
     return found
 
 
+def _before(directory: BatchDir) -> Manifest | None:
+    """The plan that is there. Raises ConfigError and StorageError."""
+    out = directory.out
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise ConfigError(f"-o {out}: not a directory", hint="give another one; it is made if need be")
+    try:
+        return read_manifest(directory)
+    except RunError:
+        return None
+
+
 def _read(
     request: BatchRequest, model: Model, before: Manifest | None
 ) -> tuple[Inputs, Prompts, Counter, Asked]:
+    if request.limit is not None and request.sample is not None:
+        raise ConfigError(
+            "--limit and --sample both say which rows", hint="give one of them; --sample chooses from all"
+        )
     known = () if before is None else map(_known, before.files)
     inputs = open_inputs(request.inputs, known=known)
     spec = PromptSpec(

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     # collections.abc has it from Python 3.12.
     from typing_extensions import Buffer
 
+_WRITABLE = "make it writable, or give another directory with -o"
 _HINTS = {
     errno.ENOSPC: "free space there; then give the same command again, and it goes on where it stopped",
     errno.EDQUOT: "your quota is used up: delete files; then give the same command again, and it goes on",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _WRITABLE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another directory with -o"),
     errno.ESTALE: "the file system was mounted anew; give the same command again, and it goes on",
 }
 _OTHERWISE = "mend that, and give the same command again: it goes on where it stopped"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import HpcserveError, RunError
+from ..errors import HpcserveError, RunError, TooManyErrors
 from ..http.client import Pool
 from ..http.errors import UpstreamError
 from . import sending
@@ -44,12 +44,6 @@ _PATIENCE = 600.0
 
 Ended = Literal["complete", "others", "more"]
 """`others`: what is left is in the hands of other jobs. `more`: there is more to do."""
-
-
-class TooManyErrors(HpcserveError):
-    """The rows fail, so that going on would waste the job."""
-
-    exit_code = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,9 +86,14 @@ def read(directory: BatchDir) -> list[Part]:
     return sorted(found, key=lambda part: part.ended)
 
 
-def stuck(parts: Sequence[Part]) -> bool:
-    """Did the last jobs get nothing done?"""
-    return len(parts) >= STUCK and not any(part.results for part in parts[-STUCK:])
+def stuck(parts: Sequence[Part], *, since: Path) -> bool:
+    """Did the last jobs get nothing done? Those before `since` was written don't count."""
+    try:
+        asked = since.stat().st_mtime
+    except OSError:
+        asked = 0.0
+    last = [part for part in parts if part.ended > asked][-STUCK:]
+    return len(last) == STUCK and not any(part.results for part in last)
 
 
 def _job(run: Path) -> tuple[int, float | None]:

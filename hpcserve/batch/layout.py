@@ -16,6 +16,7 @@ report.json, report.txt          what it cost
     history/JOB.json             what each of them did, at its end
     status.json                  how it goes
     stop                         exists once somebody asked it to stop
+    asked                        written whenever the command is given again
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class BatchDir:
     @property
     def stop(self) -> Path:
         return self.work / "stop"
+
+    @property
+    def asked(self) -> Path:
+        return self.work / "asked"
 
     @property
     def report(self) -> Path:

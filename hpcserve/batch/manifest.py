@@ -7,15 +7,20 @@ with the differences, for answers to two questions must not be mixed in one file
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
 
+from .. import __version__
 from ..errors import ConfigError, RunError, StorageError
+from . import disk
 from .inputs.formats import Format
 from .layout import BatchDir
 
 FORMAT = 1
+_AROUND = 30
+"""Characters that are shown before a difference in long texts; twice as many follow."""
 
 
 class File(msgspec.Struct, frozen=True):
@@ -71,30 +76,38 @@ class Manifest(msgspec.Struct, frozen=True):
     """They were counted with the model's tokenizer."""
 
 
+class _Told(msgspec.Struct):
+    """What a manifest of any format has."""
+
+    format: int
+    version: str = "of another version"
+
+
 def read_manifest(directory: BatchDir) -> Manifest:
     """Raises RunError when nothing was planned there, and StorageError."""
     path = directory.manifest
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except FileNotFoundError:
+        text = path.read_bytes()
+        # Another format may have other members: what it is comes first.
+        told = msgspec.json.decode(text, type=_Told)
+        if told.format != FORMAT:
+            raise StorageError(
+                f"{path} has format {told.format}, this hpcserve ({__version__}) reads {FORMAT}",
+                hint=f"finish it with hpcserve {told.version}, or give another output directory with -o",
+            )
+        return msgspec.json.decode(text, type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(
             f"no batch was planned in {directory.out}",
             hint="`hpcserve batch MODEL.yaml DATA -o DIR` plans one",
         ) from None
     except OSError as error:
+        raise disk.failed(error, "read") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StorageError(
-            f"can't read {path}: {error.strerror}", hint="look at that path on this host"
+            f"{path} is damaged: {error}",
+            hint=f"remove {directory.work} to plan anew; the answers in it are lost then",
         ) from error
-    except msgspec.DecodeError as error:
-        raise StorageError(
-            f"{path} is damaged: {error}", hint="remove the directory `.batch` there to plan anew"
-        ) from error
-    if manifest.format != FORMAT:
-        raise StorageError(
-            f"{path} has format {manifest.format}, this hpcserve reads {FORMAT}",
-            hint=f"finish it with hpcserve {manifest.version}, or give another output directory",
-        )
-    return manifest
 
 
 def check_same(before: Manifest, now: Manifest, directory: BatchDir) -> None:
@@ -113,7 +126,14 @@ def differences(before: Manifest, now: Manifest) -> Iterator[str]:
     old, new = _essence(before), _essence(now)
     for name in sorted({*old, *new}):
         if old.get(name) != new.get(name):
-            yield f"{name}: {_short(old.get(name))} → {_short(new.get(name))}"
+            yield f"{name}: {_change(old.get(name), new.get(name))}"
+    # A file may move; what is in it may not change.
+    for number, (was, is_) in enumerate(zip_longest(before.files, now.files), 1):
+        if was is None or is_ is None:
+            yield f"input {number}: {'none' if was is None else was.path} → {is_.path if is_ else 'none'}"
+        elif was.digest != is_.digest:
+            moved = f" → {is_.path}" if was.path != is_.path else ""
+            yield f"input {number}: {was.path}{moved}: its content is another one"
 
 
 def _essence(manifest: Manifest) -> dict[str, Any]:
@@ -121,13 +141,25 @@ def _essence(manifest: Manifest) -> dict[str, Any]:
     sampling: Mapping[str, Any] = asked.pop("sampling")
     found = {**asked, **{f"sampling {name}": value for name, value in sampling.items()}}
     found |= {"output": manifest.output, "order": manifest.order, "kind": manifest.kind}
-    # A file may move; what is in it may not change.
-    found |= {f"input {number + 1}": file.digest for number, file in enumerate(manifest.files)}
     return found
 
 
-def _short(value: Any) -> str:
+def _change(old: Any, new: Any) -> str:
+    """Both values in short, long ones from a little before their first difference on."""
+    one, other = _shown(old), _shown(new)
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = same - _AROUND if same > 2 * _AROUND else 0
+    return f"{_cut(one, start)} → {_cut(other, start)}"
+
+
+def _shown(value: Any) -> str:
     if value is None:
         return "none"
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text if len(text) <= 100 else f"{text[:60]}… ({len(text)} characters)"
+    if isinstance(value, str) and value.isprintable():
+        return value
+    return msgspec.json.encode(value).decode()
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + 3 * _AROUND
+    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"

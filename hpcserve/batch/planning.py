@@ -61,6 +61,7 @@ def make_plan(
     Raises ConfigError for what is wrong with the input, and StorageError. When another command planned the
     same directory meanwhile, that plan is returned.
     """
+    new = [path for path in (directory.work, *directory.work.parents) if not os.path.lexists(path)]
     make_directory(directory.work)
     _sweep(directory)
     where = directory.work / f".plan.{os.uname().nodename}.{os.getpid()}"
@@ -77,6 +78,9 @@ def make_plan(
         return manifest
     finally:
         shutil.rmtree(where, ignore_errors=True)
+        for path in new:
+            with suppress(OSError):  # only those that nothing came into
+                path.rmdir()
 
 
 def _fill(

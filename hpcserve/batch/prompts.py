@@ -31,6 +31,13 @@ _NOT_SAMPLING = {
 }
 """Members of a body that can't be among those of `sampling`, and why."""
 
+_LEAVE = "Leave it out."
+_INSTEAD = {
+    "n": "Give --samples.",
+    "messages": "Give --messages-column or --template.",
+    "prompt": "Give --prompt-column.",
+}
+
 _ANSWER_LIMITS = {
     CHAT: ("max_completion_tokens", "max_tokens"),
     COMPLETIONS: ("max_tokens",),
@@ -172,8 +179,10 @@ def _max_tokens(path: str, body: Mapping[str, Any]) -> int | None:
     if path not in _ANSWER_LIMITS:
         return 0
     for member in _ANSWER_LIMITS[path]:
-        if isinstance(body.get(member), int):
-            return int(body[member])
+        most = body.get(member)
+        if isinstance(most, int):
+            # What is out of range the engine refuses, and the row says so.
+            return int(most) if 0 < most < 1 << 32 else None
     return _COMPLETION_TOKENS if path == COMPLETIONS else None
 
 
@@ -250,12 +259,12 @@ def _check_openai(spec: PromptSpec) -> None:
     for name in ("template", "system", "prompt_column", "messages_column", "sampling"):
         if getattr(spec, name):
             raise ConfigError(
-                f"`{name}` is for plain rows, but the input's lines are OpenAI requests",
+                f"{_flag(name)} is for plain rows, but the input's lines are OpenAI requests",
                 hint="Write it into the lines' bodies.",
             )
     if spec.n != 1:
         raise ConfigError(
-            f"n = {spec.n}, but the input's lines are OpenAI requests, which are sent once",
+            f"--samples {spec.n}: the input's lines are OpenAI requests, which are sent once",
             hint="Set `n` in the lines' bodies.",
         )
 
@@ -268,22 +277,49 @@ def _check_rows(spec: PromptSpec) -> None:
     }
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
+        flags = [_flag(name) for name in given]
         raise ConfigError(
-            f"one of {', '.join(ways)} must say what the prompt is, not {' and '.join(given) or 'none'}",
-            hint="A template makes a chat of columns; prompt_column is completed as it is; messages_column "
-            "has whole chats.",
+            f"one of {', '.join(map(_flag, ways))} must say what the prompt is, not"
+            f" {' and '.join(flags) or 'none'}",
+            hint="A template makes a chat of columns; the prompt column is completed as it is; the messages"
+            " column has whole chats.",
         )
     if spec.system is not None and spec.template is None:
         raise ConfigError(
-            f"`system` goes with `template`, not with `{given[0]}`", hint="Put its text into the column."
+            f"--system goes with --template, not with {_flag(given[0])}", hint="Put its text into the column."
         )
     if spec.n < 1:
-        raise ConfigError(f"n must be at least 1, not {spec.n}", hint="It is the number of answers to a row.")
+        raise ConfigError(
+            f"--samples must be at least 1, not {spec.n}", hint="It is the number of answers to a row."
+        )
     for name, reason in _NOT_SAMPLING.items():
         if name in spec.sampling:
-            raise ConfigError(f"sampling: `{name}` can't be set: {reason}", hint="Leave it out.")
+            raise ConfigError(f"--sampling: `{name}` can't be set: {reason}", hint=_INSTEAD.get(name, _LEAVE))
+    _check_values(spec.sampling)
     if spec.n > 1 and spec.sampling.get("seed") is not None:
         raise ConfigError(
-            f"sampling: with `seed`, all {spec.n} samples of a row would be the same",
-            hint="Set the run's seed, of which each sample's is made.",
+            f"--sampling: with `seed`, all {spec.n} samples of a row would be the same",
+            hint="Give --seed, of which each sample's is made.",
         )
+
+
+def _check_values(sampling: Mapping[str, Any]) -> None:
+    """What every engine would refuse in every row, after the model was loaded."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        most = sampling.get(name)
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ConfigError(
+                f"--sampling: `{name}` must be a whole number from 1, not {_shown(most)}",
+                hint=f"For example --sampling {name}=512.",
+            )
+    heat = sampling.get("temperature")
+    if heat is not None and (not isinstance(heat, int | float) or isinstance(heat, bool) or not heat >= 0):
+        raise ConfigError(
+            f"--sampling: `temperature` must be a number from 0, not {_shown(heat)}",
+            hint="For example --sampling temperature=0.7.",
+        )
+
+
+def _flag(name: str) -> str:
+    """Of the command line, for a field of PromptSpec."""
+    return f"--{name.replace('_', '-')}"

@@ -1,6 +1,7 @@
 """Send a whole dataset through a model: one row out for each row in, whatever is killed on the way.
 
-The same command again goes on where the last one stopped.
+The same command again goes on where the last one stopped. `hpcserve batch convert` writes the results in
+another format.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from ..rundir.runs import Run
 
 _SHOWN = 3
+_YAML = (".yaml", ".yml")
+_OF_JOBS = (
+    "nodes", "prefill", "decode", "walltime", "name", "site", "account", "partition", "overrides",
+)  # fmt: skip
 
 
 def add_arguments(parser: Parser) -> None:
@@ -82,9 +87,12 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..batch.inputs.extras import need
+
+    need("numpy", "`hpcserve batch`")
     if args.endpoint is not None:
         return _on_endpoint(args)
-    if len(args.inputs) < 2 or not args.inputs[0].endswith((".yaml", ".yml")):
+    if len(args.inputs) < 2 or not args.inputs[0].endswith(_YAML):
         raise UsageError(
             "a batch needs a model.yaml and a dataset",
             hint="`hpcserve batch model.yaml data.jsonl -o out/`, or --endpoint RUN without a model.yaml",
@@ -98,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     spec = prepared.plan.model
     request, model = _request(args, data), _model(prepared.plan.served_name, spec.model, spec.revision)
     if args.dry_run:
-        return _preview(request, model, prepared)
+        return _preview(request, model, prepared, as_json=args.json)
     if args.jobs > 1 and prepared.plan.site.scheduler != "slurm":
         raise UsageError(
             f"--jobs {args.jobs}: site {prepared.plan.site.name} has no queue in which jobs could wait",
@@ -106,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         )
     begun = _begin(request, model)
     if begun.complete:
-        return _completed(begun, as_json=args.json)
+        return completed(begun, as_json=args.json)
     return _launch(args, prepared, begun)
 
 
@@ -148,6 +156,7 @@ def _begin(request: BatchRequest, model: Model) -> Begun:
     manifest = begun.manifest
     counted = "" if manifest.tokens_exact else "about "
     what = "goes on with" if begun.resumed else "planned"
+    what = f"{begun.directory.out} is complete:" if begun.complete else what
     say(
         f"{what} {manifest.rows:,} rows, {manifest.items:,} requests, {counted}{manifest.prompt_tokens:,}"
         " prompt tokens"
@@ -155,12 +164,17 @@ def _begin(request: BatchRequest, model: Model) -> Begun:
     return begun
 
 
-def _preview(request: BatchRequest, model: Model, prepared: Prepared) -> int:
+def _preview(request: BatchRequest, model: Model, prepared: Prepared, *, as_json: bool) -> int:
     from ..batch.begin import preview
     from ..render.summary import plan_table
 
+    shown = preview(request, model, _SHOWN)
+    if as_json:
+        prompts = [{**one._asdict(), "body": json.loads(one.body)} for one in shown]
+        print_json({"state": "preview", "output": str(request.output.absolute()), "prompts": prompts})
+        return 0
     print(plan_table(prepared.plan))
-    for one in preview(request, model, _SHOWN):
+    for one in shown:
         print(f"\n# {one.place}: POST {one.path}, {one.prompt_tokens:,} prompt tokens")
         print(json.dumps(json.loads(one.body), indent=1, ensure_ascii=False))
     return 0
@@ -190,30 +204,58 @@ def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
     return watch(runs, prepared.plan, begun, as_json=args.json)
 
 
+def _check_endpoint(args: argparse.Namespace) -> None:
+    """Raises UsageError."""
+    if args.inputs[0].endswith(_YAML):
+        raise UsageError(
+            f"{args.inputs[0]} and --endpoint {args.endpoint} both say what answers",
+            hint="leave one of them out",
+        )
+    given = {"dry_run": args.dry_run, "no_wait": args.no_wait, "jobs": args.jobs > 1}
+    given |= {name: bool(getattr(args, name)) for name in _OF_JOBS}
+    for name in given:
+        if given[name]:
+            flag = "--" + {"overrides": "set"}.get(name, name).replace("_", "-")
+            raise UsageError(
+                f"{flag} is about a job, and --endpoint uses a run that serves already, here and now",
+                hint="leave one of them out",
+            )
+
+
 def _on_endpoint(args: argparse.Namespace) -> int:
     from ..batch.__main__ import drive
     from ..batch.driver import Limits
-    from ..errors import RunError
+    from ..batch.sending import Endpoint
+    from ..control import endpoint
+    from ..errors import MORE_TO_DO
     from .named import named_run, plan_of
 
-    if args.dry_run or args.no_wait or args.jobs > 1:
-        raise UsageError("--endpoint works here and now: without --dry-run, --no-wait and --jobs")
+    _check_endpoint(args)
     run = named_run(args.endpoint)
     plan = plan_of(run)
-    if not run.directory.endpoint.exists():
-        raise RunError(f"{run.record.run_id} is not READY", hint=f"see `hpcserve status {run.record.run_id}`")
+    endpoint(run)
+    Endpoint(run.directory.endpoint)  # what is wrong with it is said before anything is written
     begun = _begin(
         _request(args, args.inputs), _model(plan.served_name, plan.model.model, plan.model.revision)
     )
     if not begun.complete:
         status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
-        if status:
-            say("there is more to do: give the same command again")
-            return status
-    return _completed(begun, as_json=args.json)
+        if status == MORE_TO_DO:
+            return unfinished(begun, as_json=args.json)
+    return completed(begun, as_json=args.json)
 
 
-def _completed(begun: Begun, *, as_json: bool) -> int:
+def unfinished(begun: Begun, *, as_json: bool) -> int:
+    """Say that it is not all; the exit status for that."""
+    from ..errors import MORE_TO_DO
+
+    say("there is more to do: give the same command again")
+    if as_json:
+        print_json({"state": "unfinished", "output": str(begun.directory.out)})
+    return MORE_TO_DO
+
+
+def completed(begun: Begun, *, as_json: bool) -> int:
     """Say what came of it; 0."""
     from ..batch.finish import output_path
 
@@ -257,5 +299,5 @@ def _rate(text: str) -> float:
     except ValueError:
         rate = -1.0
     if not 0 <= rate <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 0.01 or 1%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part from 0 to 1, such as 0.01 or 1%")
     return rate

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..rundir.runs import Run
 
 _GLANCE = 2.0
-_MORE = 75
 
 
 def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> int:
@@ -22,7 +21,7 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> in
     failed, when it was the last one."""
     from ..batch.finish import is_complete
     from ..control import failure, overview
-    from .batch import _completed
+    from .batch import completed, unfinished
     from .live import follow, view
 
     names = [run.record.run_id for run in runs]
@@ -33,7 +32,7 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> in
             if progress.ready is not None:
                 _until_over(run, begun)
             if is_complete(begun.directory):
-                return _completed(begun, as_json=as_json)
+                return completed(begun, as_json=as_json)
             [seen], _ = overview([run])
             if seen.state == "failed" and run is runs[-1]:
                 raise failure(run, seen)
@@ -42,8 +41,7 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> in
         look, end = f"hpcserve status {names[0]}", f"hpcserve stop {names[0]}"
         say(f"\nthe batch goes on. Look at it: `{look}`; end it: `{end}`")
         raise
-    say("there is more to do: give the same command again")
-    return _MORE
+    return unfinished(begun, as_json=as_json)
 
 
 def _until_over(run: Run, begun: Begun) -> None:

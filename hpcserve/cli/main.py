@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "launch": "start an endpoint: plan, submit, and wait until it is READY",
-    "batch": "send a whole dataset through a model, and go on with it after any stop",
+    "batch": "send a dataset through a model; goes on after any stop",
+    "batch convert": "write a batch's results as a table of another format",
     "ls": "list your runs",
     "status": "show how one run is doing",
     "logs": "print or follow the logs of a run",
@@ -72,12 +73,13 @@ def _run(words: Sequence[str]) -> int:
 
         print(f"hpcserve {__version__}")
         return 0
-    command = words[0]
+    two = " ".join(words[:2])
+    command = two if two in COMMANDS else words[0]
     if command not in COMMANDS:
         raise _unknown(command)
     parser = parser_for(command)
     try:
-        args = parser.parse(words[1:])
+        args = parser.parse(words[len(command.split()) :])
     except SystemExit as stop:  # argparse's --help
         return int(stop.code or 0)
     args.command_line = ("hpcserve", *words)  # for run.json
@@ -97,11 +99,11 @@ def parser_for(command: str) -> Parser:
 
 
 def _module(command: str) -> str:
-    return "." + command.replace("-", "_")
+    return "." + command.replace("-", "_").replace(" ", "_")
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<9} {summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
     return (
         "usage: hpcserve COMMAND …\n\n"
         "Serve large language models from a Slurm job.\n\n"

@@ -7,11 +7,10 @@ import time
 
 import pytest
 
-from hpcserve.batch.driver import TooManyErrors
 from hpcserve.batch.journal import Kind
 from hpcserve.batch.tally import Tally
 from hpcserve.batch.work import Work
-from hpcserve.errors import RunError, StorageError
+from hpcserve.errors import RunError, StorageError, TooManyErrors
 from hpcserve.http.exchange import Exchange
 from tests.patience import DEADLINE
 from tests.router.stubs import Bench, Seen, answer_with

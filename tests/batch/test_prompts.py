@@ -248,50 +248,54 @@ def test_bodies_are_json_and_hold_what_the_row_holds(text: str, n: int) -> None:
 
 
 WAYS = (
-    "A template makes a chat of columns; prompt_column is completed as it is; "
-    "messages_column has whole chats."
+    "A template makes a chat of columns; the prompt column is completed as it is; the messages column"
+    " has whole chats."
 )
 
 
 @pytest.mark.parametrize(
     ("spec", "message", "hint"),
     [
-        ({}, "one of template, prompt_column, messages_column must say what the prompt is, not none", WAYS),
+        (
+            {},
+            "one of --template, --prompt-column, --messages-column must say what the prompt is, not none",
+            WAYS,
+        ),
         (
             {"template": "a", "messages_column": "b"},
-            "one of template, prompt_column, messages_column must say what the prompt is, "
-            "not template and messages_column",
+            "one of --template, --prompt-column, --messages-column must say what the prompt is, "
+            "not --template and --messages-column",
             WAYS,
         ),
         (
             {"prompt_column": "a", "system": "b"},
-            "`system` goes with `template`, not with `prompt_column`",
+            "--system goes with --template, not with --prompt-column",
             "Put its text into the column.",
         ),
         (
             {"template": "a", "n": 0},
-            "n must be at least 1, not 0",
+            "--samples must be at least 1, not 0",
             "It is the number of answers to a row.",
         ),
         (
             {"template": "a", "n": 4, "sampling": {"seed": 1}},
-            "sampling: with `seed`, all 4 samples of a row would be the same",
-            "Set the run's seed, of which each sample's is made.",
+            "--sampling: with `seed`, all 4 samples of a row would be the same",
+            "Give --seed, of which each sample's is made.",
         ),
         *(
             (
                 {"template": "a", "sampling": {name: value}},
-                f"sampling: `{name}` can't be set: {why}",
-                "Leave it out.",
+                f"--sampling: `{name}` can't be set: {why}",
+                remedy,
             )
-            for name, value, why in [
-                ("stream", False, "answers are read whole"),
-                ("stream_options", {}, "answers are read whole"),
-                ("background", True, "answers are waited for"),
-                ("n", 1, "samples are requests of their own"),
-                ("model", "x", "it is the run's"),
-                ("messages", [], "rows have them"),
-                ("prompt", "", "rows have it"),
+            for name, value, why, remedy in [
+                ("stream", False, "answers are read whole", "Leave it out."),
+                ("stream_options", {}, "answers are read whole", "Leave it out."),
+                ("background", True, "answers are waited for", "Leave it out."),
+                ("n", 1, "samples are requests of their own", "Give --samples."),
+                ("model", "x", "it is the run's", "Leave it out."),
+                ("messages", [], "rows have them", "Give --messages-column or --template."),
+                ("prompt", "", "rows have it", "Give --prompt-column."),
             ]
         ),
     ],
@@ -306,7 +310,7 @@ def test_a_wrong_spec_is_told_before_any_row(spec: dict[str, Any], message: str,
         *(
             (
                 {name: value},
-                f"`{name}` is for plain rows, but the input's lines are OpenAI requests",
+                f"--{name.replace('_', '-')} is for plain rows, but the input's lines are OpenAI requests",
                 "Write it into the lines' bodies.",
             )
             for name, value in [
@@ -319,7 +323,7 @@ def test_a_wrong_spec_is_told_before_any_row(spec: dict[str, Any], message: str,
         ),
         (
             {"n": 2},
-            "n = 2, but the input's lines are OpenAI requests, which are sent once",
+            "--samples 2: the input's lines are OpenAI requests, which are sent once",
             "Set `n` in the lines' bodies.",
         ),
     ],
@@ -430,3 +434,12 @@ def test_prompts_that_begin_alike_have_texts_that_begin_alike(start: list[str], 
     shared = "\n".join(f"user\n{part}" for part in start).encode()
     assert text(one).startswith(shared)
     assert text(other).startswith(shared)
+
+
+@pytest.mark.parametrize(("most", "known"), [(5, 5), (-1, None), (1 << 32, None), ("many", None)])
+def test_a_bound_that_no_engine_takes_is_left_to_the_engine(most: Any, known: int | None) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": most}
+    columns = {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    [request] = Prompts(PromptSpec(model="tiny"), "openai").requests(Row(0, "x:1", columns))
+    assert request.max_tokens == known
+    assert json.loads(request.body)["max_tokens"] == most

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..inputs.extras import need
 from ..inputs.files import Inputs
 from .answers import Writer
 from .table import CUSTOM_ID, check_columns
@@ -18,9 +19,12 @@ def output_name(format: str) -> str:
 
 
 def check_output(format: str, inputs: Inputs, *, samples: int) -> None:
-    """Raises ConfigError where the input's columns and those of the results have a name in common."""
+    """Raises ConfigError where the input's columns and those of the results have a name in common, and where
+    the format needs what is not installed."""
     if format == "openai":
         return
+    if format == "parquet":
+        need("pyarrow", "writing Parquet")
     if inputs.kind == "openai":
         check_columns((CUSTOM_ID,), samples=samples)
     elif inputs.columns is not None:

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from ...errors import HpcserveError, JobError
+from ...errors import MORE_TO_DO, HpcserveError, JobError
 from ...plan.plan import BatchPlan
 from ...rundir.atomic import file_mode, storage_error
 from ...rundir.layout import RunDir
@@ -18,9 +18,9 @@ from ..console import say
 from ..journal import Journal
 from .ending import Ending
 
-MORE = 75
-"""Exit status of a driver that leaves work to do: sysexits.h's EX_TEMPFAIL."""
 _POLL = 0.2
+_LAST_WORDS = 20_000
+"""Characters at the end of its log in which an error is looked for."""
 _END = 20.0
 """Seconds in which a driver that was told to end writes down what it has."""
 
@@ -31,6 +31,7 @@ class BatchProcess:
     def __init__(self, plan: BatchPlan, run: RunDir, journal: Journal, ending: Ending) -> None:
         self._plan = plan
         self._run = run
+        self._log = run.logs / "batch.log"
         self._journal = journal
         self._ending = ending
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,7 +49,7 @@ class BatchProcess:
 
     async def _drive(self) -> None:
         try:
-            self._process = self._start(self._run.logs / "batch.log")
+            self._process = self._start(self._log)
         except HpcserveError as error:
             self.status = error.exit_code
             self._journal.write("warning", message=error.message, hint=error.hint)
@@ -79,9 +80,21 @@ class BatchProcess:
         await self._task
 
     def check(self) -> None:
-        """Raises JobError when it ended badly."""
-        if self.status not in (0, MORE):
-            raise JobError(words(self.status), hint=f"`hpcserve logs {self._run.path.name}` shows its words")
+        """Raises JobError when it ended badly, in the driver's own words and with its status."""
+        if self.status in (0, MORE_TO_DO):
+            return
+        hint = f"`hpcserve logs {self._run.path.name}` shows its words"
+        try:
+            log = self._log.read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:]
+        except OSError:
+            log = ""
+        _, said, text = log.rpartition("error: ")
+        if not said or self.status > 128:
+            raise JobError(words(self.status), hint=hint)
+        message, _, advice = text.partition("\n\nhint: ")
+        error = JobError(message.strip(), hint=advice.strip() or hint)
+        error.exit_code = self.status
+        raise error
 
     def _start(self, log: Path) -> subprocess.Popen[bytes]:
         command = [
@@ -112,7 +125,7 @@ def words(status: int) -> str:
     """What a driver's exit status says."""
     if status == 0:
         return "the batch is complete"
-    if status == MORE:
+    if status == MORE_TO_DO:
         return "there is more to do for the batch: the next job, or the same command, goes on"
     how = f"was ended by signal {status - 128}" if status > 128 else f"ended with status {status}"
     return f"the batch's driver {how}; logs/batch.log says why"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ...errors import JobError
 from ...rundir.atomic import read_json
+from ...rundir.logs import last_error
 from ..inputs import Inputs
 from ..journal import LAST, note_job_started, open_journal, this_attempt
 from ..rank import node_names
@@ -44,9 +45,11 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
 
 def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
     if stage == "batch-check":
-        return JobError(
-            "the batch can't go on", hint="logs/job.log says why, at its end"
-        ), status or JobError.exit_code
+        told = last_error(inputs.run.logs / "job.log")
+        error = JobError("the batch can't go on", hint="logs/job.log says why, at its end")
+        if told is not None:
+            error = JobError(told.message, hint=told.hint or error.hint)
+        return error, status or JobError.exit_code
     if stage == "serving":
         return JobError(
             f"the head process {_ended(status)} without a word",
