@@ -48,6 +48,10 @@ async def receive(exchange: Exchange, store: Store, owner: str, limit: int) -> F
         await store.save(record)
         kept = True
         return record
+    except HttpError as error:
+        if error.status == 413:
+            raise HttpError(413, f"the file is larger than {limit} bytes") from None
+        raise
     finally:
         if not kept:
             with contextlib.suppress(OSError):  # the next process's sweep takes it
