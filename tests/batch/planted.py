@@ -36,7 +36,7 @@ def plant(out: Path, items: int, *, max_tokens: int = 4, prompt: str = "row {}")
     spool = SpoolWriter(directory.plan)
     for item in range(items):
         body = {"model": "toy", "prompt": prompt.format(item), "max_tokens": max_tokens}
-        spool.add(Request("/v1/completions", msgspec.json.encode(body), b"", max_tokens, None), 2)
+        spool.add(Request("/v1/completions", msgspec.json.encode(body), b"", max_tokens, None, None), 2)
     spool.close()
     np.arange(items, dtype="<u8").tofile(directory.plan / "order.bin")
     manifest = Manifest(
