@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
 import openai
 import pytest
 
 from hpcserve.http.exchange import Exchange
+from hpcserve.router.admission.admission import Ticket
+from hpcserve.router.keys.identity import BATCH
 from tests.router.stubs import Seen, answer_with, until
 
 from .conftest import Run, content, lines, submit
@@ -239,11 +242,23 @@ async def test_what_is_not_a_batch_is_refused_with_its_reason(run: Run) -> None:
         await run.client("wrong").files.list()
 
 
-async def test_rows_are_of_batch_priority_and_count_for_who_made_the_batch(run: Run) -> None:
+async def test_rows_are_of_batch_priority_and_count_for_who_made_the_batch(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, key = run.keys.create("ada", created_by="test")
     await run.start("aggregated-0")
+    admission = run.bench.router.admission
+    classes, admit = [], admission.admit
+
+    def watched(*args: Any, **named: Any) -> Ticket:
+        ticket = admit(*args, **named)
+        classes.append(ticket.priority)
+        return ticket
+
+    monkeypatch.setattr(admission, "admit", watched)
     client = run.client(key)
     done = await run.over(client, (await submit(client, lines(5))).id)
+    assert classes == [BATCH] * 5
     assert done.status == "completed"
     assert run.bench.metric('hpcserve_router_key_requests_total{key="ada"}') == 5
     for seen in run.bench["aggregated-0"].seen:
