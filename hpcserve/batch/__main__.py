@@ -1,6 +1,6 @@
-"""Programs that run inside a job: `python -m hpcserve.batch {check|drive} OUT`.
+"""Programs that run inside a job: `python -m hpcserve.batch {check|drive} OUT`, and `… api DIR`.
 
-They end with 0 when there is nothing more to do, 75 when there is, and with an error's own status.
+The first two end with 0 when there is nothing more to do, 75 when there is, and with an error's own status.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 
 from ..errors import MORE_TO_DO, HpcserveError, JobError
 from . import history
+from .api import process as api
+from .api.carrier import AT_ONCE
+from .api.handler import MAX_FILE
 from .driver import ERROR_RATE, Driver, Limits
 from .finish import finish, settle
 from .layout import BatchDir
@@ -29,8 +32,10 @@ COMPLETE = 0
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     os.umask(0o077)
-    directory = BatchDir(options.out)
     try:
+        if options.program == "api":
+            return api.run(_settings(options))
+        directory = BatchDir(options.out)
         if options.program == "check":
             return check(directory)
         return drive(directory, options.endpoint, Limits(error_rate=options.max_error_rate))
@@ -108,7 +113,25 @@ def _parser() -> argparse.ArgumentParser:
         if name == "drive":
             program.add_argument("--endpoint", type=Path, required=True, help="the run's endpoint.json")
             program.add_argument("--max-error-rate", type=float, default=ERROR_RATE)
+    _add_api(programs.add_parser("api", description=api.__doc__))
     return parser
+
+
+def _add_api(program: argparse.ArgumentParser) -> None:
+    add = program.add_argument
+    add("directory", type=Path, metavar="DIR", help="the run's `batches`")
+    add("--endpoint", type=Path, required=True, help="the run's endpoint.json; it may come later")
+    add("--model", required=True, help="hub id or directory, whose tokenizer counts prompts")
+    add("--revision")
+    add("--at-once", type=int, default=AT_ONCE, help="batches driven at the same time")
+    add("--max-file", type=int, default=MAX_FILE, help="bytes of an uploaded file")
+    add("--with-parent", action="store_true", help="end when standard input does")
+
+
+def _settings(options: argparse.Namespace) -> api.Settings:
+    told = vars(options)
+    told.pop("program")
+    return api.Settings(**told)
 
 
 if __name__ == "__main__":

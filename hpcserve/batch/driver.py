@@ -70,6 +70,8 @@ class Driver:
         self._hold_until = 0.0
         """Event loop time before which nothing is sent: the endpoint is away, or has no room."""
         self._why_ending: str | None = None
+        self.out_of_walltime = False
+        """It stops since the run ends soon."""
         self._fatal: BaseException | None = None
         self._slowest = 1.0
         """Seconds: what nearly all requests take less than."""
@@ -204,6 +206,8 @@ class Driver:
                 self._died(row, outcome)
             case "ending":
                 self._queue.back(row, now)
+                # A router that drains says why the head does.
+                self.out_of_walltime |= "walltime" in (outcome.code, *outcome.message.split())
                 self.stop(outcome.message)
             case "refused":
                 raise RunError(
@@ -266,6 +270,7 @@ class Driver:
     def _look_at_clock(self) -> None:
         end = self._endpoint.end_time
         if end is not None and end - time.time() < self._slowest + _MARGIN:
+            self.out_of_walltime = True
             self.stop("the walltime ends")
 
     def _out_of_time(self) -> bool:

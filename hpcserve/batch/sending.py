@@ -48,9 +48,11 @@ class Outcome:
 class Endpoint:
     """Where requests go: an endpoint's address and key, found again when its router moves."""
 
-    def __init__(self, file: Path) -> None:
-        """`file` is the run's endpoint.json. Raises RunError and StorageError."""
+    def __init__(self, file: Path, key: str = "") -> None:
+        """`file` is the run's endpoint.json; `key` the id of the key in whose name requests are sent, ""
+        for the run's own. Raises RunError and StorageError."""
         self._file = file
+        self._key = key
         self.url = ""
         self.served_name = ""
         self.end_time: float | None = None
@@ -90,6 +92,8 @@ class Endpoint:
                     hint="the batch must run as the user who launched the endpoint",
                 ) from error
             self.headers.append((b"authorization", b"Bearer " + key.encode()))
+        if self._key:
+            self.headers.append((b"x-hpcserve-on-behalf", self._key.encode()))
 
 
 async def send(pool: Pool, endpoint: Endpoint, path: str, body: bytes) -> Outcome:

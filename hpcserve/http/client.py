@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
 
 from .errors import Header, HttpError, UpstreamError
@@ -49,6 +49,33 @@ class Pool:
                     raise
         connection = await self.connect(origin)
         return await connection.exchange(request, is_head=method == "HEAD")
+
+    async def upload(
+        self, method: str, url: str, *, headers: Sequence[Header], pieces: AsyncIterator[bytes]
+    ) -> UpstreamResponse:
+        """`request()` with a body that is sent piece by piece, as fast as the other side takes it.
+
+        Returns when the head of the answer is here, which may be before all was sent: then the rest is not.
+        Raises UpstreamError, and what `pieces` raises. The connection is a new one, and used once.
+        """
+        origin, host, target = split(url)
+        framing = ((b"transfer-encoding", b"chunked"), (b"connection", b"close"))
+        head = encode(method, host, target, (*headers, *framing), None)
+        connection = await self.connect(origin)
+        response = UpstreamResponse(connection)
+        connection.ask(head, response)
+        try:
+            async for piece in pieces:
+                if response.status or not connection.usable:
+                    break
+                await connection.send(b"%x\r\n%b\r\n" % (len(piece), piece))
+            else:
+                await connection.send(b"0\r\n\r\n")
+        except BaseException:
+            connection.abort()
+            raise
+        await response.arrival()
+        return response
 
     async def connect(self, origin: Origin) -> UpstreamConnection:
         """A new connection. Raises UpstreamError."""
@@ -130,14 +157,18 @@ def split(url: str) -> tuple[Origin, str, str]:
     return (name.strip("[]"), int(port)), host, slash + path or "/"
 
 
-def encode(method: str, host: str, target: str, headers: Sequence[Header], body: bytes) -> tuple[bytes, ...]:
-    """A request on the wire, in one piece or, with a long body, in several."""
+def encode(
+    method: str, host: str, target: str, headers: Sequence[Header], body: bytes | None
+) -> tuple[bytes, ...]:
+    """A request on the wire, in one piece or, with a long body, in several; None: its body comes later."""
     lines = [f"{method} {target} HTTP/1.1".encode("ascii"), b"host: " + host.encode("ascii")]
     lines += map(b": ".join, headers)
-    if body or method in ("POST", "PUT", "PATCH"):
+    if body or (body is not None and method in ("POST", "PUT", "PATCH")):
         lines.append(b"content-length: %d" % len(body))
     head = b"\r\n".join(lines)
     breaks = len(lines) - 1
     if head.count(b"\n") != breaks or head.count(b"\r") != breaks:
         raise ValueError("a request header has a line break in it")
+    if body is None:
+        return (head + b"\r\n\r\n",)
     return (head, b"\r\n\r\n", body) if len(body) > 16384 else (b"%b\r\n\r\n%b" % (head, body),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Protocol
 
@@ -70,9 +70,11 @@ class Exchange:
         "_limit",
         "_minor",
         "_named",
+        "_piled",
         "_remaining",
         "_send",
         "_size",
+        "_streams",
         "_waiter",
         "_wire",
         "finished",
@@ -126,6 +128,10 @@ class Exchange:
         self._continue = expects_continue
         self._chunks: list[bytes] = []
         self._size = 0
+        self._streams = False
+        """The body is read in pieces."""
+        self._piled = 0
+        """Bytes in `_chunks`, where it is."""
         self._limit: int | None = None
         self._complete = False
         self._fault: Exception | None = None
@@ -155,18 +161,44 @@ class Exchange:
                 raise self._fault
             if self._size > limit:
                 raise self._too_large()
-            if self._continue and not self._size and not self.started:
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._continue = False
-            self._waiter = asyncio.get_running_loop().create_future()
-            self._wire.want_body(self)
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._more()
         if self._size > limit:
             raise self._too_large()
         return self.whole()
+
+    async def pieces(self, limit: int) -> AsyncIterator[bytes]:
+        """The body as it comes, some hundred KiB of it in memory. Raises as body() does."""
+        self._limit = limit
+        self._streams = True
+        self._piled = self._size
+        if self._declared is not None and self._declared > limit:
+            raise self._too_large()
+        while True:
+            if self._fault is not None:
+                raise self._fault
+            if self._size > limit:
+                raise self._too_large()
+            if self._chunks:
+                piece = self.whole()
+                self._chunks = []
+                self._piled = 0
+                yield piece
+            elif self._complete:
+                return
+            else:
+                await self._more()
+
+    async def _more(self) -> None:
+        """Wait until more of the body is here."""
+        if self._continue and not self._size and not self.started:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._continue = False
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._wire.want_body(self)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def whole(self) -> bytes:
         """The whole body, once `request_complete`."""
@@ -184,7 +216,12 @@ class Exchange:
             return
         self._size += len(data)
         self._chunks.append(data)
-        if self._waiter is None:
+        if self._streams:
+            self._piled += len(data)
+            if self._piled > _UNREAD_HIGH:
+                self._wire.stop_body()
+            self._wake()
+        elif self._waiter is None:
             if self._size > _UNREAD_HIGH:
                 self._wire.stop_body()
         elif self._limit is not None and self._size > self._limit:

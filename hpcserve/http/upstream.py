@@ -45,6 +45,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep = False
         self._complete = False
         self._paused = False
+        self._writable: asyncio.Future[None] | None = None
+        """Done once more of a body may be sent; None: it may."""
         self._chunked = self._inside_chunk = False
         self._ends_line = False
         """The last bytes that came were the end of a line."""
@@ -64,6 +66,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = None
         self._pool.forget(self, self._origin)
         self._over("reset", f"connection closed: {error}" if error else "connection closed before the end")
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        self._writable = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
 
     def eof_received(self) -> bool:
         if self._answered and not self._bounded and self._reader is not None:
@@ -186,6 +197,13 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.write(request[0])
         else:
             self._transport.writelines(request)
+
+    async def send(self, data: bytes) -> None:
+        """Send more of the request, as fast as the other side takes it. Dropped when that one is gone."""
+        if self._transport is not None:
+            self._transport.write(data)
+        if self._writable is not None:
+            await asyncio.shield(self._writable)
 
     def hand_over(self, reader: Reader) -> None:
         """Let `reader` take the rest of the answer that is coming."""

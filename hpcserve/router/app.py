@@ -19,6 +19,7 @@ from . import form, refusals, routes
 from .account import Account
 from .admission.admission import Admission
 from .api_delivery import ApiDelivery
+from .batches import Batches
 from .board import Board
 from .call import Call, id_headers
 from .config import RouterConfig
@@ -88,6 +89,7 @@ class Router:
         self.account = Account(self.metrics, self.prompts)
         self._holders = Holders(self.pool, config.job_key)
         self.own = Own(self, others)
+        self._batches = Batches(config.batch_api, self.pool, config.served_name)
         self.placer = Placer(config.policy, self.residency)
         self.engine = engines.get(config.engine)
         self.runner = Runner(
@@ -195,6 +197,14 @@ class Router:
         refusals.check_method(exchange, route)
         if route.kind == "own":
             await self.own.answer(exchange, route, request_id, identity)
+            return
+        if route.kind == "batch":
+            # Also while the endpoint drains: what was answered can still be fetched.
+            self.began()
+            try:
+                await self._batches.answer(exchange, request_id, identity)
+            finally:
+                self.ended()
             return
         self._check_serving()
         self.began()

@@ -33,7 +33,7 @@ _HOP_BY_HOP = frozenset(
 _REQUEST_ONLY = frozenset(
     {
         b"host", b"authorization", b"x-api-key", b"expect", b"accept-encoding", b"x-hpcserve-explain",
-        b"x-hpcserve-priority", b"x-hpcserve-retries",
+        b"x-hpcserve-priority", b"x-hpcserve-retries", b"x-hpcserve-on-behalf",
     }
 )  # fmt: skip
 _NOT_FOR_ENGINES = _HOP_BY_HOP | _REQUEST_ONLY

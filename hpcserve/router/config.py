@@ -57,6 +57,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     tls_key: str | None = None
     unix_socket: str | None = None
     kv_events: Mapping[str, Sequence[tuple[str, str | None]]] = {}
+    batch_api: str | None = None
     workers: Sequence[WorkerSpec] = ()
 
 
@@ -97,6 +98,8 @@ class RouterConfig:
     """A socket to listen on as well as on the port."""
     kv_events: Mapping[str, tuple[EventEndpoint, ...]] = field(default_factory=dict)
     """Where workers without an agent publish KV events, for each data-parallel rank."""
+    batch_api: Path | None = None
+    """Where the process of the Batch API writes its address; None: there is no such process."""
     workers: tuple[WorkerSpec, ...] = ()
 
 
@@ -136,6 +139,7 @@ def load(path: Path) -> RouterConfig:
             worker: tuple(EventEndpoint(events=events, replay=replay) for events, replay in ranks)
             for worker, ranks in file.kv_events.items()
         },
+        batch_api=_path(file.batch_api),
         workers=tuple(file.workers),
     )
 

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["own", "generate", "forward", "held"]
+Kind = Literal["own", "generate", "forward", "held", "batch"]
 """`own`: answered here. `generate`: text from a prompt. `forward`: any other question to one worker.
-`held`: about something that one worker keeps."""
+`held`: about something that one worker keeps. `batch`: for the process that carries batches out."""
 Style = Literal["openai", "anthropic"]
 """Whose form errors have."""
 
@@ -64,6 +64,18 @@ RESPONSES = _generate("/v1/responses")
 MESSAGES = _generate("/v1/messages", style="anthropic")
 RESPONSE = Route(path="/v1/responses/{id}", kind="held", methods=_GET, body="none")
 CANCEL = Route(path="/v1/responses/{id}/cancel", kind="held", body="none")
+_BATCH_METHODS = {
+    "/v1/files": {"GET", "HEAD", "POST"},
+    "/v1/files/{id}": {"GET", "HEAD", "DELETE"},
+    "/v1/files/{id}/content": _GET,
+    "/v1/batches": {"GET", "HEAD", "POST"},
+    "/v1/batches/{id}": _GET,
+    "/v1/batches/{id}/cancel": _POST,
+}
+BATCHES = {
+    path: Route(path=path, kind="batch", methods=frozenset(methods), body="none")
+    for path, methods in _BATCH_METHODS.items()
+}
 UNKNOWN = Route(path="other", kind="own", methods=frozenset(), body="none")
 """In metrics, all paths that are no route: clients can't grow the label set."""
 
@@ -98,6 +110,7 @@ _ROUTES = (
 _BY_PATH = {route.path: route for route in _ROUTES}
 HELD_ID = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,199}")
 _HELD = re.compile(rf"/v1/responses/({HELD_ID.pattern})(/cancel)?")
+_BATCH = re.compile(r"(/v1/files|/v1/batches)(?:(/)[A-Za-z0-9_\-]{1,100}(/[a-z]+)?)?")
 _MODEL = re.compile(r"/v1/models/([A-Za-z0-9_.\-/:]{1,300})")
 
 
@@ -109,6 +122,9 @@ def find(path: str) -> Route | None:
     held = _HELD.fullmatch(path)
     if held is not None:
         return CANCEL if held[2] else RESPONSE
+    batch = _BATCH.fullmatch(path)
+    if batch is not None:
+        return BATCHES.get(batch[1] + (f"/{{id}}{batch[3] or ''}" if batch[2] else ""))
     return MODEL if _MODEL.fullmatch(path) else None
 
 

@@ -13,7 +13,8 @@
     endpoint.json     the OpenAI endpoint, once READY
     events.jsonl      what happened, one line each; written by the head node only
     stop              exists once somebody asked the run to stop
-    logs/             job.log, rendezvous-RANK.log, head.log, router.log, agent-RANK.log,
+    batches/          files and batches of the Batch API, see batch/api/layout.py
+    logs/             job.log, rendezvous-RANK.log, head.log, router.log, batches.log, agent-RANK.log,
                       REPLICA.NODE.log
 
 Beside the run directories, and outliving them (no run's name begins with a dot):
@@ -98,6 +99,15 @@ class RunDir:
     @property
     def stop(self) -> Path:
         return self.path / "stop"
+
+    @property
+    def batches(self) -> Path:
+        return self.path / "batches"
+
+    @property
+    def batch_api(self) -> Path:
+        """Where the process of the Batch API can be reached, and what the router must say to it (0600)."""
+        return self.batches / "api.json"
 
     @property
     def logs(self) -> Path:

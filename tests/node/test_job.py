@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -210,12 +210,16 @@ def test_stop_drains_and_a_second_stop_forces(tmp_path: Path) -> None:
 def test_a_signal_to_all_processes_of_the_job_is_no_death_of_the_router(job: Job) -> None:
     # As `scancel` does where Slurm tracks all processes.
     assert job.head is not None
+    wait_for(job.run.batch_api.exists, "the Batch API's process to listen")
+    marks = (f"{job.run.path}/router.json", f"hpcserve.batch api {job.run.batches}")
     for pid, line in processes():
-        if f"{job.run.path}/router.json" in line or pid in {job.head.pid, *(a.pid for a in job.agents)}:
-            os.kill(pid, signal.SIGTERM)
+        if any(mark in line for mark in marks) or pid in {job.head.pid, *(a.pid for a in job.agents)}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
     assert job.head.wait(30) == 0
     ended(job)
-    assert [entry for entry in events(job.run, "warning") if "router" in entry["message"]] == []
+    told = [entry["message"] for entry in events(job.run, "warning")]
+    assert [message for message in told if "router" in message or "Batch API" in message] == []
     assert events(job.run, "draining")[0]["reason"] == "signal SIGTERM"
     assert len(events(job.run, "stopped")) == 1
 

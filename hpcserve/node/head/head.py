@@ -23,6 +23,7 @@ from ..discovery.facts import Roster, wait_for_roster
 from ..inputs import Inputs, read_secret
 from ..journal import Journal, note_job_started, open_journal, walltime_end
 from ..ports import PortRange, ephemeral_range, listen
+from .batch_api_process import BatchApiProcess
 from .batch_process import BatchProcess
 from .controller import Controller, Desk
 from .ending import KILL_MARGIN, Ending
@@ -97,6 +98,7 @@ class Head:
         self.batch = (
             BatchProcess(plan.batch, inputs.run, journal, self._ending) if plan.batch is not None else None
         )
+        self._batches = self.batch or BatchApiProcess(plan, inputs.run, self._tell, self._ending)
         self._router = RouterProcess(
             config=self._router_config(),
             config_path=inputs.run.path / "router.json",
@@ -143,6 +145,7 @@ class Head:
                 "started": time.time(),
             },
             "kv_lease": self._plan.model.kv_lease,
+            "batch_api": str(run.batch_api) if self._plan.batch is None else None,
         }
 
     # The life of a run.
@@ -205,8 +208,7 @@ class Head:
             life.cancel()
             # Whatever it ends with must not keep the agents from being stopped.
             await asyncio.gather(life, return_exceptions=True)
-            if self.batch is not None:
-                await self.batch.close()
+            await self._batches.close()
             await self._stop_agents()
             await self._router.close()
             for task in (*background, stop, *self._tasks):
@@ -239,8 +241,7 @@ class Head:
         self._publish()
         await self._first_token()
         self._journal.write("ready", **self._board.publish_ready())
-        if self.batch is not None:
-            self.batch.begin()
+        self._batches.begin()
         while True:
             await self._proving.round()
             await self._pause(_TICK)

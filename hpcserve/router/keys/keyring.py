@@ -56,14 +56,29 @@ class KeyRing:
         good = self._good
         known = good.get(given)
         if known is not None:
-            return known
+            return known if known is not RUN else self._principal(exchange)
         found = digest(given)
         # What the id leads to is public; the digests of secrets are compared in constant time.
         wanted, identity = self._keys.get(id_of(given), (self._run or _NOBODY, RUN))
         if hmac.compare_digest(found, wanted):
             good[given] = identity
-            return identity
+            return identity if identity is not RUN else self._principal(exchange)
         raise self._refusal(given)
+
+    def _principal(self, exchange: Exchange) -> Identity:
+        """Who the run itself asks for: the key that `x-hpcserve-on-behalf` has the id of, else the run.
+
+        So the requests of a batch count against the limits of whoever made it. From anybody else the header
+        means nothing. Raises HttpError 401 for a key that is not good any more.
+        """
+        asked = exchange.header(b"x-hpcserve-on-behalf")
+        if asked is None:
+            return RUN
+        key = asked.decode("ascii", "replace")
+        found = self._keys.get(key)
+        if found is None:
+            raise HttpError(401, f"the API key {key[:20]!r} is not good any more", code="invalid_api_key")
+        return found[1]
 
     def identities(self) -> Iterable[Identity]:
         """Of all keys of the directory that are good."""
