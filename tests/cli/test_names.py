@@ -87,9 +87,11 @@ def test_ctrl_c_while_sbatch_runs_takes_the_job_back(world: World) -> None:
     real = SlurmScheduler.submit
     before = signal.getsignal(signal.SIGINT)
 
-    def interrupted(scheduler: SlurmScheduler, script: Path, run_dir: Path) -> str:
+    def interrupted(
+        scheduler: SlurmScheduler, script: Path, run_dir: Path, *, after: str | None = None
+    ) -> str:
         os.kill(os.getpid(), signal.SIGINT)
-        return real(scheduler, script, run_dir)
+        return real(scheduler, script, run_dir, after=after)
 
     world.monkeypatch.setattr(SlurmScheduler, "submit", interrupted)
     answer = world("launch", "--nodes", "4", "--no-wait", "model.yaml")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpcserve.config.model import ModelSpec, RoleSpec, WorkloadSpec
-from hpcserve.plan.plan import Plan
+from hpcserve.plan.plan import BatchPlan, Plan
 from hpcserve.render.engine import render_commands
 from hpcserve.render.script import render_script
 
@@ -37,6 +37,10 @@ def plans() -> dict[str, Plan]:
             nodes=18,
         ),
         "generic-slurm-2": plan(shipped("generic-slurm"), model=pair(), nodes=2),
+        "generic-slurm-2-batch": replace(
+            plan(shipped("generic-slurm"), model=pair(), nodes=2),
+            batch=BatchPlan(output="/scratch/alice/answers", max_error_rate=0.5),
+        ),
         "local-2": plan(shipped("local"), model=pair(engine="fake"), nodes=2),
     }
 

@@ -22,7 +22,7 @@ class Scripted:
             raise answer
         return {job: JobState(job_id=job, state=answer) for job in job_ids}
 
-    def submit(self, script: Path, run_dir: Path) -> str:
+    def submit(self, script: Path, run_dir: Path, *, after: str | None = None) -> str:
         raise NotImplementedError
 
     def cancel(self, job_id: str, *, force: bool) -> None:
