@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from ..errors import HpcserveError, RunError, TooManyErrors
 from ..http.client import Pool
 from ..http.errors import UpstreamError
@@ -70,6 +72,8 @@ class Driver:
         self._hold_until = 0.0
         """Event loop time before which nothing is sent: the endpoint is away, or has no room."""
         self._why_ending: str | None = None
+        self._postponed: set[int] = set()
+        """Items that can't be finished before the job ends."""
         self.out_of_walltime = False
         """It stops since the run ends soon."""
         self._fatal: BaseException | None = None
@@ -153,6 +157,8 @@ class Driver:
             return None
         self._progress.tail = None
         deaths = self._work.tally.deaths
+        if self._postponed:
+            items = items[~np.isin(items, list(self._postponed))]
         return (Row(request, deaths=deaths.get(request.item, 0)) for request in self._work.requests(items))
 
     def _round_over(self) -> Ended | None:
@@ -161,7 +167,13 @@ class Driver:
         work.tally.look(but=work.journal.epoch)
         if not work.tally.left:
             return "complete"
-        if work.claims.renew(work.tally.done):
+        settled = work.tally.done
+        if self._postponed:
+            settled = settled.copy()
+            settled[list(self._postponed)] = True
+            if settled.all():
+                return "more"
+        if work.claims.renew(settled):
             self._queue.used_up = False
             return None
         return "others"
@@ -204,6 +216,8 @@ class Driver:
                 self._wait(row, outcome, now)
             case "died":
                 self._died(row, outcome)
+            case "too_late":
+                self._postpone(row)
             case "ending":
                 self._queue.back(row, now)
                 # A router that drains says why the head does.
@@ -214,6 +228,13 @@ class Driver:
                     f"the endpoint refuses the batch: HTTP {outcome.status}: {outcome.message}",
                     hint="its key may have been revoked, or may not use this model",
                 )
+
+    def _postpone(self, row: Row) -> None:
+        """Leave it to the next job; shorter rows may still be finished in this one."""
+        if not self._postponed:
+            self._progress.note("rows that would take longer than this job has left are for the next one")
+        self.out_of_walltime = True
+        self._postponed.add(row.request.item)
 
     def _wait(self, row: Row, outcome: Outcome, now: float) -> None:
         self._queue.back(row, now + max(outcome.pause, pause(0)))

@@ -21,10 +21,11 @@ _ROW_ERRORS = frozenset({400, 404, 405, 413, 415, 422})
 _DEATHS = frozenset({"worker_reset", "worker_gone", "worker_protocol"})
 """The router's words for an engine that had begun with the request and is no more."""
 
-Fate = Literal["answer", "error", "again", "died", "wait", "ending", "refused"]
+Fate = Literal["answer", "error", "again", "died", "wait", "too_late", "ending", "refused"]
 """`again` counts as an attempt; `wait` does not: the endpoint has no room, or is away. `died`: the engine
 did,
-with the row in flight. `ending`: the endpoint takes no more. `refused`: it takes nothing from us at all."""
+with the row in flight. `too_late`: it could not be finished before the job ends. `ending`: the endpoint takes
+no more. `refused`: it takes nothing from us at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def classify(status: int, data: bytes, headers: dict[bytes, bytes]) -> Outcome:
     if status == 429 or code in ("no_worker", "starting"):
         return replace(said, fate="wait")
     if code in ("walltime", "draining"):
-        return replace(said, fate="ending")
+        return replace(said, fate="too_late" if code == "walltime" else "ending")
     if code in _DEATHS:
         return replace(said, fate="died")
     if code == "worker_connect":

@@ -11,6 +11,7 @@ from hpcserve.batch.journal import Kind
 from hpcserve.batch.tally import Tally
 from hpcserve.batch.work import Work
 from hpcserve.errors import RunError, StorageError, TooManyErrors
+from hpcserve.http.errors import HttpError
 from hpcserve.http.exchange import Exchange
 from tests.patience import DEADLINE
 from tests.router.stubs import Bench, Seen, answer_with
@@ -246,3 +247,23 @@ async def test_two_jobs_share_the_rows(start, tmp_path):
     assert all(progress.results > 50 for _, progress, _ in ends)
     assert sum(progress.results for _, progress, _ in ends) == 600
     assert len(results(directory, 600)) == 600
+
+
+async def test_rows_too_long_for_what_is_left_are_left_to_the_next_job_and_the_others_done(start, tmp_path):
+    bench = await start("aggregated-0")
+    directory = plant(tmp_path / "out", 80)
+    real = bench.router.runner.check_walltime
+
+    def check(call, demand):
+        if b"row 7" in call.body:
+            raise HttpError(503, "the answer would take longer", code="walltime")
+        real(call, demand)
+
+    bench.router.runner.check_walltime = check
+    ended, progress, shown = await drive(bench, directory, tmp_path)
+    assert ended == "more"
+    assert progress.results == 80 - 11
+    assert "for the next one" in shown
+    bench.router.runner.check_walltime = real
+    assert (await drive(bench, directory, tmp_path, name="b"))[0] == "complete"
+    assert len(results(directory, 80)) == 80
