@@ -93,17 +93,8 @@ def write_new(path: Path, data: bytes) -> bool:
 
     A file that is linked is there with all its content or not at all, on NFS as well.
     """
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = _write_beside(path, data)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise failed(error, "make") from error
-    try:
-        try:
-            append(handle, data, temporary)
-            sync(handle, temporary)
-        finally:
-            os.close(handle)
         try:
             os.link(temporary, path)
         except OSError as error:
@@ -115,8 +106,38 @@ def write_new(path: Path, data: bytes) -> bool:
         sync_directory(path.parent)
         return True
     finally:
-        with suppress(OSError):  # the next run's sweep() takes it
+        with suppress(OSError):
             os.unlink(temporary)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A whole file, in place of what has its name. Raises StorageError."""
+    temporary = _write_beside(path, data)
+    try:
+        publish(temporary, path)
+    except StorageError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """A file that is on the disk, under a name of this process's own. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise failed(error, "make") from error
+    try:
+        append(handle, data, temporary)
+        sync(handle, temporary)
+    except StorageError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        os.close(handle)
+    return temporary
 
 
 class NewFile(io.RawIOBase):
@@ -147,23 +168,3 @@ def _same(one: Path, other: Path) -> bool:
         return os.path.samefile(one, other)
     except OSError:
         return False
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A whole file, in place of what has its name. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise failed(error, "make") from error
-    try:
-        try:
-            append(handle, data, temporary)
-            sync(handle, temporary)
-        finally:
-            os.close(handle)
-        publish(temporary, path)
-    except StorageError:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise

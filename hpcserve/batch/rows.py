@@ -12,8 +12,7 @@ from .spool import Spooled
 
 _DOUBTFUL = 16
 """Rows that were in flight when an engine died run so many at a time: should one of them have been the cause,
-few
-others are under suspicion next time."""
+few others are under suspicion next time."""
 _ALONE = 2
 """Deaths after which a row runs while nothing else does."""
 HOPELESS = 3
