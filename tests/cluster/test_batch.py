@@ -100,7 +100,7 @@ def no_job(cluster: Testbed) -> bool:
 
 @pytest.mark.timeout(600)
 def test_a_chain_of_jobs_finishes_what_needs_several_walltimes(cluster: Testbed, batch: Batch) -> None:
-    batch.submit("--walltime=00:01:00", "--jobs=8", "--set=engine_args.itl-ms=50")
+    batch.submit("--walltime=00:01:00", "--jobs=14", "--set=engine_args.itl-ms=50")
     wait_for(lambda: batch.complete, seconds=500, what="the chain to finish", state=batch.logs)
     batch.check_rows()
     worked = [part for part in batch.parts if part["results"]]
