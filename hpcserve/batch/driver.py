@@ -39,6 +39,7 @@ _SYNC_EVERY, _SYNC_BYTES = 2.0, 1 << 20
 _STEER_EVERY = 1.0
 _BEAT_EVERY = 30.0
 _LOOK_EVERY = 2.0
+_ASK_EVERY = 20.0
 _MARGIN = 20.0
 """Seconds before the walltime's end by which all is on the disk."""
 _PATIENCE = 600.0
@@ -87,6 +88,7 @@ class Driver:
             asyncio.create_task(self._every(_STEER_EVERY, self._steer)),
             asyncio.create_task(self._every(_SYNC_EVERY / 4, self._sync)),
             asyncio.create_task(self._every(_BEAT_EVERY, self._work.members.beat)),
+            asyncio.create_task(self._every(_ASK_EVERY, self._ask_after_others)),
             asyncio.create_task(self._every(_LOOK_EVERY, self._look_for_stop)),
             asyncio.create_task(self._every(self._progress.every, self._show)),
         ]
@@ -114,7 +116,7 @@ class Driver:
             if self._why_ending is None:
                 self._start_rows()
                 if not self._running and not self._queue.waiting and self._queue.used_up:
-                    ended = self._round_over()
+                    ended = await self._round_over()
                     if ended is not None:
                         return ended
                     continue
@@ -161,9 +163,10 @@ class Driver:
             items = items[~np.isin(items, list(self._postponed))]
         return (Row(request, deaths=deaths.get(request.item, 0)) for request in self._work.requests(items))
 
-    def _round_over(self) -> Ended | None:
+    async def _round_over(self) -> Ended | None:
         """All that this one took is done. None: there is more to take."""
         work = self._work
+        await asyncio.to_thread(work.members.refresh)
         work.tally.look(but=work.journal.epoch)
         if not work.tally.left:
             return "complete"
@@ -338,6 +341,10 @@ class Driver:
         await asyncio.to_thread(journal.sync)
 
     _synced = 0.0
+
+    async def _ask_after_others(self) -> None:
+        # In a thread: a Slurm that is slow to answer must not hold up the rows.
+        await asyncio.to_thread(self._work.members.refresh)
 
     def _look_for_stop(self) -> None:
         if self._work.dir.stop.exists():

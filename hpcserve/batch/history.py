@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ class Part(msgspec.Struct, frozen=True):
     errors: int
     prompt_tokens: int
     output_tokens: int
+    cpu_seconds: float
+    """Of the driver's process."""
+    memory_bytes: int
+    """Of the driver's process, at most, with the files it has mapped."""
     attempts: dict[str, int]
     finish_reasons: dict[str, int]
     retries: dict[str, int]
@@ -51,6 +56,7 @@ def note(
 ) -> None:
     """Raises StorageError."""
     gpus, job_began = _job(endpoint.parent) if slurm_job is not None else (0, None)
+    used = resource.getrusage(resource.RUSAGE_SELF)
     part = Part(
         member=member,
         slurm_job=slurm_job,
@@ -66,6 +72,8 @@ def note(
         errors=progress.errors,
         prompt_tokens=progress.prompt_tokens,
         output_tokens=progress.output_tokens,
+        cpu_seconds=round(used.ru_utime + used.ru_stime, 2),
+        memory_bytes=used.ru_maxrss * 1024,
         attempts={str(count): rows for count, rows in sorted(progress.attempts.items())},
         finish_reasons=dict(progress.finish_reasons),
         retries=dict(progress.retries),

@@ -9,7 +9,6 @@ those of hosts may differ by minutes.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from . import disk
 
 _STALE = 120.0
 """Seconds without a beat after which a member of another host is dead."""
-_ASKED_AGAIN = 20.0
-"""Seconds for which Slurm's answer about a job is good."""
 
 AskSlurm = Callable[[str], bool | None]
 """Is this job running? None: nobody can say."""
@@ -47,7 +44,8 @@ class Members:
         self._directory = directory
         self.me = me
         self._ask_slurm = ask_slurm
-        self._asked: dict[str, tuple[float, bool | None]] = {}
+        self._asked: dict[str, bool | None] = {}
+        """Slurm's last word on a job."""
 
     def join(self) -> None:
         """Raises StorageError."""
@@ -60,20 +58,25 @@ class Members:
         except OSError as error:
             raise disk.failed(error, "touch") from error
 
+    def refresh(self) -> None:
+        """Ask Slurm about the jobs of all others. It may take a minute to answer. Raises StorageError."""
+        for name in self._names():
+            other = self._read(name)
+            if other is not None and other.slurm_job not in (None, self.me.slurm_job):
+                self._asked[other.slurm_job] = self._ask_slurm(other.slurm_job)
+
     def alive(self, name: str) -> bool:
-        """Is the member of this name at work? Raises StorageError."""
+        """Is the member of this name at work, by what Slurm said when it was asked last? Raises
+        StorageError."""
         if name == self.me.name:
             return True
-        try:
-            other = msgspec.json.decode((self._directory / name).read_bytes(), type=Member)
-        except (FileNotFoundError, msgspec.DecodeError):
+        other = self._read(name)
+        if other is None:
             return False
-        except OSError as error:
-            raise disk.failed(error, "read") from error
         if other.slurm_job is not None:
             if other.slurm_job == self.me.slurm_job:
                 return False  # one driver per job: this is the one now
-            said = self._slurm(other.slurm_job)
+            said = self._asked.get(other.slurm_job)
             if said is not None:
                 return said
         if other.host == self.me.host:
@@ -82,11 +85,7 @@ class Members:
 
     def living(self) -> list[str]:
         """The names of those at work, this one included. Raises StorageError."""
-        try:
-            names = [entry.name for entry in os.scandir(self._directory) if not entry.name.startswith(".")]
-        except OSError as error:
-            raise disk.failed(error, "read") from error
-        return sorted(name for name in names if self.alive(name))
+        return sorted(name for name in self._names() if self.alive(name))
 
     def leave(self) -> None:
         """Raises StorageError."""
@@ -95,12 +94,19 @@ class Members:
         except OSError as error:
             raise disk.failed(error, "remove") from error
 
-    def _slurm(self, job: str) -> bool | None:
-        now = time.monotonic()
-        asked = self._asked.get(job)
-        if asked is None or now - asked[0] > _ASKED_AGAIN:
-            self._asked[job] = asked = (now, self._ask_slurm(job))
-        return asked[1]
+    def _names(self) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self._directory) if not entry.name.startswith(".")]
+        except OSError as error:
+            raise disk.failed(error, "read") from error
+
+    def _read(self, name: str) -> Member | None:
+        try:
+            return msgspec.json.decode((self._directory / name).read_bytes(), type=Member)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        except OSError as error:
+            raise disk.failed(error, "read") from error
 
     def _beats(self, name: str) -> bool:
         self.beat()

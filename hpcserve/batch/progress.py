@@ -18,6 +18,8 @@ _UNKNOWN_ANSWER = 256.0
 _DISTINCT_ERRORS = 10
 _LINES_EVERY = 10.0
 """Seconds between two lines where nobody watches a terminal."""
+_SUMMED_EVERY = 60.0
+"""Seconds between two sums over all items, which may be ten million."""
 _WINDOW = 300.0
 """Seconds over which the present rate is taken."""
 
@@ -51,6 +53,8 @@ class Progress:
         self._mean_answer = _UNKNOWN_ANSWER
         self._rates: list[tuple[float, int, int]] = []
         self._in_flight = 0
+        self._prompts: tuple[float, int, float] | None = None
+        """When their tokens were summed, and the items and tokens that were left then."""
         self._budget: float | None = None
         self._shown = 0
 
@@ -165,8 +169,12 @@ class Progress:
 
     def _tokens_left(self, work: Work, left: int) -> float:
         """Prompts as they were counted in planning, and answers by the mean of those that came."""
-        prompts = float(work.spool.places["prompt"][~work.tally.done].sum())
-        return prompts + left * self._mean_answer
+        now = time.time()
+        if self._prompts is None or now - self._prompts[0] > _SUMMED_EVERY:
+            prompts = float(work.spool.places["prompt"][~work.tally.done].sum())
+            self._prompts = (now, left, prompts)
+        _, then_left, prompts = self._prompts
+        return prompts * left / max(1, then_left) + left * self._mean_answer
 
 
 def line(status: dict[str, Any]) -> str:

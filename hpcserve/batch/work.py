@@ -29,6 +29,7 @@ class Work:
             make_directory(path)
         self.members = Members(directory.jobs, me, ask_slurm)
         self.members.join()
+        self.members.refresh()
         self.spool = Spool(directory.plan)
         self.tally = Tally(directory.journals, self.manifest.items)
         self.tally.look()

@@ -106,6 +106,8 @@ def steady(folder: Path) -> None:
     capacity = WORKERS * seqs / itl
     lines = (request(n, f"row {n}", 8 + n % 17) for n in range(6000))
     ran = run(folder / "steady", f"max-num-seqs: {seqs}, itl-ms: {1000 * itl:g}", lines)
+    cpu = 1e6 * ran.part["cpu_seconds"] / ran.part["results"]
+    print(f"the driver: {cpu:.0f} us of CPU time a row, {ran.part['memory_bytes'] >> 20} MiB")
     waiting = [one[3] for one in ran.samples if 0.2 < one[1] / 6000 < 0.8]
     print(f"steady state: {ran.steady:.0f} of {capacity:.0f} output tokens/s: {ran.steady / capacity:.1%};")
     print(f"engines had requests waiting in {sum(w > 0 for w in waiting) / len(waiting):.0%} of samples")
