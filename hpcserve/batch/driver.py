@@ -122,9 +122,8 @@ class Driver:
                     continue
             elif not self._running or self._out_of_time():
                 return "more" if self._work.tally.left else "complete"
-            with_timeout = self._nap()
             try:
-                async with asyncio.timeout(with_timeout):
+                async with asyncio.timeout(self._nap()):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -244,6 +243,8 @@ class Driver:
         if outcome.status == 429:
             self._budget.cut()
             return
+        if outcome.code == "worker_connect":
+            return  # one engine is gone: the router hears of it, and the others go on
         self._hold_until = max(self._hold_until, now + 1.0)
         if outcome.code == "endpoint":
             self._away_since = self._away_since or now
