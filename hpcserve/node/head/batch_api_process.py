@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ...errors import HpcserveError, JobError
+from ...errors import HpcserveError
 from ...plan.plan import Plan
-from ...rundir.atomic import file_mode, storage_error
+from ...rundir.atomic import storage_error
 from ...rundir.layout import RunDir
+from .child import start_child
 from .ending import Ending
 from .registry import News
 
@@ -116,20 +116,8 @@ class BatchApiProcess:
         ]  # fmt: skip
         if model.revision is not None:
             command += ["--revision", model.revision]
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, file_mode(log.parent))
-        except OSError as error:
-            raise storage_error(error, "write the Batch API's log") from error
-        try:
-            # Its standard input ends with this process, and so does it. Signals to the job's group are the
-            # head's business.
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
-            )
-        except OSError as error:
-            raise JobError(f"can't start the Batch API's process: {error.strerror}") from error
-        finally:
-            os.close(output)
+        # Its standard input ends with this process, and so does it.
+        return start_child(command, log, "the Batch API's process", stdin=subprocess.PIPE)
 
     def _warn(self, message: str, hint: str | None) -> None:
         self._tell([("warning", {"message": message, "hint": hint})])

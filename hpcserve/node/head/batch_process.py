@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,10 @@ from pathlib import Path
 
 from ...errors import MORE_TO_DO, HpcserveError, JobError
 from ...plan.plan import BatchPlan
-from ...rundir.atomic import file_mode, storage_error
 from ...rundir.layout import RunDir
 from ..console import say
 from ..journal import Journal
+from .child import start_child
 from .ending import Ending
 
 _POLL = 0.2
@@ -101,19 +100,7 @@ class BatchProcess:
             sys.executable, "-m", "hpcserve.batch", "drive", self._plan.output,
             "--endpoint", str(self._run.endpoint), "--max-error-rate", str(self._plan.max_error_rate),
         ]  # fmt: skip
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, file_mode(log.parent))
-        except OSError as error:
-            raise storage_error(error, "write the batch's log") from error
-        try:
-            # Signals to the job's group are the head's business.
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        except OSError as error:
-            raise JobError(f"can't start the batch's driver: {error.strerror}") from error
-        finally:
-            os.close(output)
+        return start_child(command, log, "the batch's driver")
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
