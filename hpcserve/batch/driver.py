@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import HpcserveError, RunError, TooManyErrors
+from ..errors import RunError, TooManyErrors
 from ..http.client import Pool
 from ..http.errors import UpstreamError
 from . import sending
@@ -316,7 +316,8 @@ class Driver:
                 made = act()
                 if asyncio.iscoroutine(made):
                     await made
-            except HpcserveError as error:
+            except Exception as error:
+                # run() raises it: a journal that nobody syncs any more must not go on in silence.
                 self._fatal = self._fatal or error
                 self._changed.set()
                 return

@@ -14,7 +14,7 @@ from hpcserve.errors import RunError, StorageError, TooManyErrors
 from hpcserve.http.errors import HttpError
 from hpcserve.http.exchange import Exchange
 from tests.patience import DEADLINE
-from tests.router.stubs import Bench, Seen, answer_with
+from tests.router.stubs import Bench, Seen, answer_with, hang
 
 from .planted import driver, endpoint, member, plant, results
 
@@ -267,3 +267,15 @@ async def test_rows_too_long_for_what_is_left_are_left_to_the_next_job_and_the_o
     bench.router.runner.check_walltime = real
     assert (await drive(bench, directory, tmp_path, name="b"))[0] == "complete"
     assert len(results(directory, 80)) == 80
+
+
+async def test_a_fault_of_our_own_beside_the_rows_ends_the_driver_with_it(start, tmp_path, monkeypatch):
+    bench = await start("aggregated-0")
+    bench["aggregated-0"].behave = hang
+    work = Work(plant(tmp_path / "out", 10), member())
+    one, progress, _ = driver(work, endpoint(bench, tmp_path))
+    monkeypatch.setattr(progress, "show", lambda *args, **fields: 1 / 0)
+    async with asyncio.timeout(DEADLINE):
+        with pytest.raises(ZeroDivisionError):
+            await one.run()
+    work.close()
