@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hpcserve.node.discovery.facts import ModelFact, RankFacts
+from hpcserve.node.head.head import _TICK
 from hpcserve.node.head.kv_proof import Target, pairs_to_prove
 from hpcserve.node.head.registry import LOST_AFTER, Entry, Heartbeat, Registry
 
@@ -87,6 +88,11 @@ def test_a_restart_between_two_heartbeats_is_noticed() -> None:
     seen.prove("prefill-0", 1)
     news = seen.heartbeat(beat(0, "prefill-0", "ready", generation=2), 1)
     assert names(news) == ["engine-starting", "engine-ready", "worker-out"]
+
+
+def test_a_silent_agent_is_out_within_five_seconds_of_its_last_sign() -> None:
+    # What the head waits, and the two looks around it; a beat may have come just before the end.
+    assert LOST_AFTER + 2 * _TICK < 5
 
 
 def test_a_silent_agent_loses_its_workers_after_three_seconds_and_may_come_back() -> None:
