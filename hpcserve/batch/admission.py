@@ -61,7 +61,6 @@ class Budget:
         self.held = 0.0
         self.rows = 0
         self._grows_fast = True
-        self._mean = 0.0
 
     def fits(self, tokens: float, workers: int) -> bool:
         """May a row of so many tokens begin now?"""
@@ -91,13 +90,13 @@ class Budget:
         hungry = queued < 1 and all(min(engine.waiting for engine in pool) < 1 for pool in by_role.values())
         waiting = queued + sum(engine.waiting for pool in by_role.values() for engine in pool)
         running = sum(engine.running for pool in by_role.values() for engine in pool)
-        engines_ = sum(map(len, by_role.values()))
+        count = sum(map(len, by_role.values()))
         if hungry:
             if self.held >= _NEARLY * self.limit:
                 self.limit *= _FAST if self._grows_fast else _SLOW
             return
         self._grows_fast = False
-        if waiting > max(_QUEUE * running, _FEW * engines_):
+        if waiting > max(_QUEUE * running, _FEW * count):
             self.limit = max(_BACK * min(self.limit, self.held), 1.0)
 
     def cut(self) -> None:

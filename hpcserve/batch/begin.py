@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .. import __version__
 from ..errors import ConfigError, RunError
 from . import disk
 from .finish import settle
-from .inputs.files import InputFile, Inputs, open_inputs
+from .inputs.files import Inputs, open_inputs
 from .layout import BatchDir
 from .lengths import Counter
-from .manifest import FORMAT, Asked, File, Manifest, check_same, read_manifest
+from .manifest import Asked, Manifest, check_same, describe, read_manifest
 from .outputs.writers import check_output
 from .planning import chosen_rows, make_plan
 from .prompts import Prompts, PromptSpec, RowError
@@ -86,7 +84,7 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
     inputs, prompts, counter, asked = _read(request, model, before)
     output = request.format or _natural(inputs)
     if before is not None:
-        check_same(before, _as_asked(inputs, asked, output, request.order), directory)
+        check_same(before, describe(inputs, asked, output, request.order), directory)
         complete = settle(directory)
         if not complete:
             directory.stop.unlink(missing_ok=True)
@@ -97,7 +95,7 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
         directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row
     )
     # Somebody else may have been quicker, and asked for something else.
-    check_same(manifest, _as_asked(inputs, asked, output, request.order), directory)
+    check_same(manifest, describe(inputs, asked, output, request.order), directory)
     return Begun(directory, manifest, False, False)
 
 
@@ -111,7 +109,7 @@ def preview(request: BatchRequest, model: Model, rows: int) -> list[Preview]:
     if before is None:
         _check_new(directory, inputs, output, request)
     else:
-        check_same(before, _as_asked(inputs, asked, output, request.order), directory)
+        check_same(before, describe(inputs, asked, output, request.order), directory)
     found = []
     for row in islice(chosen_rows(inputs, asked), rows):
         try:
@@ -143,7 +141,7 @@ def _read(
         raise ConfigError(
             "--limit and --sample both say which rows", hint="give one of them; --sample chooses from all"
         )
-    known = () if before is None else map(_known, before.files)
+    known = () if before is None else [file.as_input() for file in before.files]
     inputs = open_inputs(request.inputs, known=known)
     spec = PromptSpec(
         model=model.served_name,
@@ -171,17 +169,6 @@ def _read(
     return inputs, Prompts(spec, inputs.kind), Counter.for_model(model.path), asked
 
 
-def _known(file: File) -> InputFile:
-    return InputFile(
-        path=file.path,
-        format=file.format,
-        size=file.size,
-        mtime_ns=file.mtime_ns,
-        digest=file.digest,
-        rows=None,
-    )
-
-
 def _natural(inputs: Inputs) -> Output:
     if inputs.kind == "openai":
         return "openai"
@@ -202,23 +189,3 @@ def _check_new(directory: BatchDir, inputs: Inputs, output: Output, request: Bat
                 f"{directory.out / name} is there already, and is not of a batch that can go on",
                 hint="give another directory with -o, or move that file away",
             )
-
-
-def _as_asked(inputs: Inputs, asked: Asked, output: Output, order: Order) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        version=__version__,
-        created=time.time(),
-        kind=inputs.kind,
-        files=tuple(
-            File(path=f.path, format=f.format, size=f.size, mtime_ns=f.mtime_ns, digest=f.digest)
-            for f in inputs.files
-        ),
-        asked=asked,
-        output=output,
-        order=order,
-        rows=0,
-        items=0,
-        prompt_tokens=0,
-        tokens_exact=False,
-    )

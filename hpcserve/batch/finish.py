@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from . import history
-from .inputs.files import InputFile, Inputs, open_inputs
+from .inputs.files import Inputs, open_inputs
 from .layout import BatchDir
 from .manifest import Manifest, read_manifest
 from .merge import Merged, merge
@@ -62,13 +62,7 @@ def _clear(directory: BatchDir) -> None:
 
 def inputs_of(manifest: Manifest) -> Inputs:
     """The input that was planned. Raises ConfigError when it is not there any more, or was changed."""
-    known = [
-        InputFile(
-            path=file.path, format=file.format, size=file.size, mtime_ns=file.mtime_ns, digest=file.digest,
-            rows=None,
-        )
-        for file in manifest.files
-    ]  # fmt: skip
+    known = [file.as_input() for file in manifest.files]
     inputs = open_inputs([file.path for file in manifest.files], known=known)
     for before, now in zip(manifest.files, inputs.files, strict=True):
         if before.digest != now.digest:

@@ -6,6 +6,7 @@ with the differences, for answers to two questions must not be mixed in one file
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 from .. import __version__
 from ..errors import ConfigError, RunError, StorageError
 from . import disk
+from .inputs.files import InputFile, Inputs
 from .inputs.formats import Format
 from .layout import BatchDir
 
@@ -32,6 +34,17 @@ class File(msgspec.Struct, frozen=True):
     mtime_ns: int
     digest: str
     """XXH3-128 of its bytes."""
+
+    def as_input(self) -> InputFile:
+        """For open_inputs(), which does not read a file again that it knows."""
+        return InputFile(
+            path=self.path,
+            format=self.format,
+            size=self.size,
+            mtime_ns=self.mtime_ns,
+            digest=self.digest,
+            rows=None,
+        )
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -81,6 +94,37 @@ class _Told(msgspec.Struct):
 
     format: int
     version: str = "of another version"
+
+
+def describe(
+    inputs: Inputs,
+    asked: Asked,
+    output: str,
+    order: str,
+    *,
+    rows: int = 0,
+    items: int = 0,
+    prompt_tokens: int = 0,
+    tokens_exact: bool = False,
+) -> Manifest:
+    """The manifest of a batch; before it is planned, without the counts."""
+    return Manifest(
+        format=FORMAT,
+        version=__version__,
+        created=round(time.time(), 3),
+        kind=inputs.kind,
+        files=tuple(
+            File(path=f.path, format=f.format, size=f.size, mtime_ns=f.mtime_ns, digest=f.digest)
+            for f in inputs.files
+        ),
+        asked=asked,
+        output=output,
+        order=order,
+        rows=rows,
+        items=items,
+        prompt_tokens=prompt_tokens,
+        tokens_exact=tokens_exact,
+    )
 
 
 def read_manifest(directory: BatchDir) -> Manifest:

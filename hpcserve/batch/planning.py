@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -20,14 +19,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .. import __version__
 from ..errors import ConfigError
 from . import disk
 from .inputs.files import Inputs
 from .inputs.rows import Row
 from .layout import BatchDir
 from .lengths import Counter
-from .manifest import FORMAT, Asked, File, Manifest, read_manifest
+from .manifest import Asked, Manifest, describe, read_manifest
 from .members import started
 from .order import LEVELS, prefix_marks, work_order
 from .outputs.table import check_columns, result_columns
@@ -117,23 +115,10 @@ def _fill(
         raise ConfigError("no row is left of the input", hint="look at --limit and --sample")
     _write_order(where, np.frombuffer(marks, "<u4").reshape(-1, LEVELS), by_prefix=by_prefix)
     del marks
-    manifest = Manifest(
-        format=FORMAT,
-        version=__version__,
-        created=round(time.time(), 3),
-        kind=inputs.kind,
-        files=tuple(
-            File(path=f.path, format=f.format, size=f.size, mtime_ns=f.mtime_ns, digest=f.digest)
-            for f in inputs.files
-        ),
-        asked=asked,
-        output=output,
-        order=order,
-        rows=rows,
-        items=spool.items,
-        prompt_tokens=prompt_tokens,
+    manifest = describe(
+        inputs, asked, output, order, rows=rows, items=spool.items, prompt_tokens=prompt_tokens,
         tokens_exact=counter.exact,
-    )
+    )  # fmt: skip
     disk.write_whole(where / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     return manifest
 
