@@ -187,9 +187,9 @@ def test_a_rank_that_gives_up_ends_the_wait_at_once(tmp_path: Path) -> None:
 
 def test_one_rank_without_mpi_sends_all_to_another_transport(tmp_path: Path) -> None:
     # Rank 0 waits inside MPI for a rank whose Python has no MPI: the step must end, and soon. `timeout` is
-    # the job script's own guard: mpirun 5.0.11 sometimes hangs here (PMIX_ERR_UNREACH) with its ranks gone,
-    # deaf to SIGTERM at times (-9: `timeout` goes down with it). The script then goes on as it does after 75
-    # (tests/render/test_scripts_run.py).
+    # the job script's own guard: mpirun 5.0.11 at times fails by itself here (PMIX_ERR_UNREACH): it hangs
+    # with its ranks gone (124; 137 when deaf to SIGTERM) or dies of SIGSEGV (139). The script goes on after
+    # these as it does after 75, once all ranks came (tests/render/test_scripts_run.py).
     run = make_run(tmp_path / "run", make_plan(2))
     broken = tmp_path / "broken" / "mpi4py"
     broken.mkdir(parents=True)
@@ -214,7 +214,9 @@ def test_one_rank_without_mpi_sends_all_to_another_transport(tmp_path: Path) -> 
         environment(),
     )
     status, output = finish(process)
-    assert status == 75 or (status in (124, -9) and "PMIX ERROR" in output), output
+    seen_by_the_script = status if status >= 0 else 128 - status
+    assert seen_by_the_script == 75 or (seen_by_the_script > 8 and "PMIX ERROR" in output), output
+    assert run.rank(0).exists() and run.rank(1).exists()
     assert "mpi4py can't load an MPI library" in output
 
 
