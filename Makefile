@@ -54,7 +54,7 @@ test: system ## Lint, types, unit tests, and (as root on Debian) the tests on a 
 	$(BIN)/pytest
 
 test-clients: venv clients ## aiperf, guidellm, lm-eval and the official clients through a launched run of real vLLM
-	$(BIN)/pytest -m clients
+	$(BIN)/pytest -m "clients or engine" tests/router/test_vllm_clients.py
 
 check: venv ## Style, types and generated files, without running a test
 	$(BIN)/ruff check .
