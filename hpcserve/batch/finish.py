@@ -44,7 +44,8 @@ def finish(directory: BatchDir) -> Merged:
     ConfigError when the input is not what it was."""
     manifest = read_manifest(directory)
     merged = merge(directory, manifest, inputs_of(manifest))
-    write_report(directory, make_report(manifest, merged, history.read(directory)))
+    parts = history.read(directory)
+    write_report(directory, make_report(manifest, merged, parts), parts)
     _clear(directory)
     return merged
 

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,9 +15,13 @@ from ..rundir.atomic import read_json
 from ..rundir.events import read_events
 from ..rundir.layout import RunDir
 from . import disk
+from .course import Point
 from .layout import BatchDir
+from .pools import Use
 from .progress import Progress
 
+PHASES = ("load", "steady", "tail", "drain")
+"""What a job's time goes into."""
 STUCK = 2
 """Jobs one after the other without a single result: the next one would not get any either."""
 
@@ -49,19 +54,31 @@ class Part(msgspec.Struct, frozen=True):
     attempts: dict[str, int]
     finish_reasons: dict[str, int]
     retries: dict[str, int]
+    units_per_gpu_hour: float | None = None
+    """What its site charges."""
+    pools: dict[str, Use] = {}
+    """Role -> how busy its engines were while there were rows to begin with."""
+    course: list[Point] = []
+
+    @property
+    def edges(self) -> tuple[float, float, float, float, float]:
+        """Between the PHASES: the job's begin, the driver's, the moment when there was no row left to begin
+        with, the last result, and the driver's end."""
+        tail = self.tail if self.tail is not None else self.last_result or self.ended
+        return self.job_began, self.began, tail, max(self.last_result or self.ended, tail), self.ended
 
 
 def note(
     directory: BatchDir, member: str, slurm_job: str | None, progress: Progress, how: str, endpoint: Path
 ) -> None:
     """Raises StorageError."""
-    gpus, job_began = _job(endpoint.parent) if slurm_job is not None else (0, None)
+    job = _job(endpoint.parent) if slurm_job is not None else _Job()
     used = resource.getrusage(resource.RUSAGE_SELF)
     part = Part(
         member=member,
         slurm_job=slurm_job,
-        gpus=gpus,
-        job_began=job_began or progress.began,
+        gpus=job.gpus,
+        job_began=job.began or progress.began,
         began=progress.began,
         first_result=progress.first_result,
         tail=progress.tail,
@@ -77,6 +94,9 @@ def note(
         attempts={str(count): rows for count, rows in sorted(progress.attempts.items())},
         finish_reasons=dict(progress.finish_reasons),
         retries=dict(progress.retries),
+        units_per_gpu_hour=job.units_per_gpu_hour,
+        pools=progress.pools,
+        course=progress.course.points,
     )
     disk.write_whole(directory.history / f"{member}.json", msgspec.json.encode(part))
 
@@ -104,14 +124,20 @@ def stuck(parts: Sequence[Part], *, since: Path) -> bool:
     return len(last) == STUCK and not any(part.results for part in last)
 
 
-def _job(run: Path) -> tuple[int, float | None]:
-    """GPUs and begin of the job whose run directory this is; nothing where it can't be read."""
+class _Job(NamedTuple):
+    gpus: int = 0
+    began: float | None = None
+    units_per_gpu_hour: float | None = None
+
+
+def _job(run: Path) -> _Job:
+    """The job whose run directory this is; nothing where it can't be read."""
     try:
         plan = read_json(RunDir(run).plan)
         gpus = plan["nodes"] * plan["slots_per_node"] if plan["device"] == "cuda" else 0
         starts = [
             event["t"] for event, _ in read_events(RunDir(run).events) if event["event"] == "job-started"
         ]
-        return gpus, starts[-1] if starts else None
+        return _Job(gpus, starts[-1] if starts else None, plan["site"].get("gpu_hour_rate"))
     except (OSError, HpcserveError, KeyError):
-        return 0, None
+        return _Job()

@@ -2,7 +2,7 @@
 
 output.jsonl | output.parquet    the answers; there only when they are complete
 errors.jsonl                     rows that got none (OpenAI's format; tables say it in the column `error`)
-report.json, report.txt          what it cost
+report.json .txt .svg            what it cost
 .batch/                          the work in progress
     plan/                        made whole, under another name, and then renamed
         manifest.json            what is asked, of what
@@ -74,6 +74,10 @@ class BatchDir:
     @property
     def report(self) -> Path:
         return self.out / "report.json"
+
+    @property
+    def report_plot(self) -> Path:
+        return self.out / "report.svg"
 
     @property
     def report_text(self) -> Path:

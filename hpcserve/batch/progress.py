@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from ..rundir.atomic import write_json
 from .admission import EngineLoad
+from .course import Course
+from .pools import Use, look
 from .sending import Outcome
 from .work import Work
 
@@ -48,6 +50,8 @@ class Progress:
         self.retries: Counter[str] = Counter()
         self.engine_load: dict[str, tuple[float, float]] = {}
         """Role -> requests that run, and that wait."""
+        self.pools: dict[str, Use] = {}
+        self.course = Course(self.began)
         self._errors: Counter[str] = Counter()
         self._answers = 0
         self._mean_answer = _UNKNOWN_ANSWER
@@ -95,6 +99,9 @@ class Progress:
     def seen(self, engines: Iterable[EngineLoad], queued: float, budget: float | None) -> None:
         """What the endpoint said a moment ago."""
         load: dict[str, tuple[float, float]] = {}
+        engines = tuple(engines)
+        if self.tail is None:
+            look(self.pools, engines)
         for engine in engines:
             running, waiting = load.get(engine.role, (0.0, 0.0))
             load[engine.role] = (running + engine.running, waiting + engine.waiting)
@@ -111,6 +118,7 @@ class Progress:
     def show(self, work: Work, end_time: float | None, *, in_flight: int) -> None:
         """Write status.json, and one line for whoever watches. Raises StorageError."""
         self._in_flight = in_flight
+        self.course.note(time.time(), self.results, self.prompt_tokens + self.output_tokens)
         status = self.status(work, end_time)
         write_json(work.dir.status, status)
         text = line(status)

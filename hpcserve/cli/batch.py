@@ -79,6 +79,10 @@ def add_arguments(parser: Parser) -> None:
         help="jobs one after the other, each of which goes on where the last one stopped (default: 1)",
     )  # fmt: skip
     parser.add_argument(
+        "--parallel-jobs", type=positive, default=1, metavar="M",
+        help="as many jobs at the same time, each with its K - 1 successors (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the first prompts and the plan, and end"
     )
     parser.add_argument("--no-wait", action="store_true", help="submit and end")
@@ -107,9 +111,11 @@ def run(args: argparse.Namespace) -> int:
     request, model = _request(args, data), _model(prepared.plan.served_name, spec.model, spec.revision)
     if args.dry_run:
         return _preview(request, model, prepared, as_json=args.json)
-    if args.jobs > 1 and prepared.plan.site.scheduler != "slurm":
+    jobs = {"--jobs": args.jobs, "--parallel-jobs": args.parallel_jobs}
+    several = next((f"{flag} {count}" for flag, count in jobs.items() if count > 1), None)
+    if several is not None and prepared.plan.site.scheduler != "slurm":
         raise UsageError(
-            f"--jobs {args.jobs}: site {prepared.plan.site.name} has no queue in which jobs could wait",
+            f"{several}: site {prepared.plan.site.name} has no queue in which jobs could wait",
             hint="leave it out; the same command again goes on with the batch",
         )
     begun = _begin(request, model)
@@ -184,14 +190,17 @@ def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
     from ..launch import submit
     from ..render.summary import cost_line
 
-    say(f"cost: {cost_line(prepared.plan)}" + (f", up to {args.jobs} times" if args.jobs > 1 else ""))
+    count = args.jobs * args.parallel_jobs
+    say(f"cost: {cost_line(prepared.plan)}" + (f", up to {count} times" if count > 1 else ""))
     runs: list[Run] = []
-    after: str | None = None
+    before: list[str | None] = [None] * args.parallel_jobs
     for _ in range(args.jobs):
-        run = submit(prepared, args.command_line, after=after)
-        after = run.record.job_id
-        runs.append(run)
-        say(f"submitted {run.record.run_id} as job {after}; run directory: {run.directory.path}")
+        for lane, after in enumerate(before):
+            run = submit(prepared, args.command_line, after=after)
+            before[lane] = run.record.job_id
+            runs.append(run)
+            job, path = run.record.job_id, run.directory.path
+            say(f"submitted {run.record.run_id} as job {job}; run directory: {path}")
     names = [run.record.run_id for run in runs]
     if args.no_wait:
         say(f"watch it with `hpcserve status {names[0]}`; end it with `hpcserve stop {names[0]}`")
@@ -212,6 +221,7 @@ def _check_endpoint(args: argparse.Namespace) -> None:
             hint="leave one of them out",
         )
     given = {"dry_run": args.dry_run, "no_wait": args.no_wait, "jobs": args.jobs > 1}
+    given["parallel_jobs"] = args.parallel_jobs > 1
     given |= {name: bool(getattr(args, name)) for name in _OF_JOBS}
     for name in given:
         if given[name]:

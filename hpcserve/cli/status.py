@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
@@ -40,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     replicas = status.get("replicas") if status else None
     if replicas:
         print(_replicas(replicas, (status or {}).get("workers") or ()))
+    batch = _batch(run)
+    if batch is not None:
+        from ..batch.progress import line
+
+        print(f"batch: {line(batch)}")
     router = status.get("router") if status else None
     if router:
         print(
@@ -64,6 +70,20 @@ def _ask(run: Run) -> Mapping[str, Any] | None:
         return Controller(run).status()
     except RunError as error:
         warn(f"{error.message}; this is what the run directory says", error.hint)
+        return None
+
+
+def _batch(run: Run) -> Any:
+    """How far the batch is that the run is for, as one of its jobs wrote it last; None without one."""
+    from ..batch.layout import BatchDir
+    from ..rundir.atomic import read_json
+
+    batch = plan_of(run).batch
+    if batch is None:
+        return None
+    try:
+        return read_json(BatchDir(Path(batch.output)).status)
+    except FileNotFoundError:
         return None
 
 
@@ -134,5 +154,6 @@ def _document(seen: Overview, status: Mapping[str, Any] | None) -> dict[str, Any
         "directory": str(seen.run.directory.path),
         "source": "files" if status is None else "controller",
         "controller": status,
+        "batch": _batch(seen.run),
         "events": events(seen.run),
     }

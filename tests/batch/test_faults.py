@@ -166,7 +166,7 @@ def test_after_a_fault_at_any_call_the_same_work_again_gives_the_exact_output(pl
         work_through(directory)
         assert outputs(directory) == expected, f"after a fault at call {at}"
         leftovers = [path.name for path in directory.out.iterdir() if path.name != ".batch"]
-        assert set(leftovers) <= {*expected, "report.json", "report.txt"}
+        assert set(leftovers) <= {*expected, "report.json", "report.svg", "report.txt"}
         assert at < 2000
     assert seen <= {0, KILLED if fault is dies else 7}
     assert at > ROWS

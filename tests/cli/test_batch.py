@@ -164,7 +164,10 @@ def test_whatever_is_ended_in_the_middle_the_same_command_goes_on(
     assert begun.status == 0, begun.err
     assert json.loads(begun.out)["state"] == "submitted"
     assert json.loads(begun.out)["runs"] == ["one"]
-    wait_for(lambda: results(user) >= 5)
+    wait_for(lambda: results(user) >= 5 and (user.home / "out/.batch/status.json").exists())
+    shown = user("status", "one")
+    assert f"/{COUNT} rows" in next(line for line in shown.out.splitlines() if line.startswith("batch: "))
+    assert json.loads(user("status", "one", "--json").out)["batch"]["items"] == COUNT
     end(user)
     assert nothing_left(user.runs / "one")
     done = results(user)

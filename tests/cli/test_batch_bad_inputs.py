@@ -607,6 +607,13 @@ TABLE = [
         hint="leave it out; the same command again goes on with the batch",
     ),
     Bad(
+        what="jobs at once without a queue",
+        args=batch("data.jsonl", "--parallel-jobs", "3"),
+        status=2,
+        says="--parallel-jobs 3: site local has no queue in which jobs could wait",
+        hint="leave it out; the same command again goes on with the batch",
+    ),
+    Bad(
         what="Parquet without pyarrow",
         args=batch("data.parquet"),
         given=both(parquet({"q": ["a"]}), without("pyarrow")),
@@ -757,6 +764,13 @@ TABLE = [
         args=("--endpoint", "eval", "data.jsonl", "-o", "out", "--jobs", "2"),
         status=2,
         says="--jobs is about a job, and --endpoint uses a run that serves already, here and now",
+        hint="leave one of them out",
+    ),
+    Bad(
+        what="an endpoint and jobs at once",
+        args=("--endpoint", "eval", "data.jsonl", "-o", "out", "--parallel-jobs", "2"),
+        status=2,
+        says="--parallel-jobs is about a job, and --endpoint uses a run that serves already, here and now",
         hint="leave one of them out",
     ),
     Bad(

@@ -53,7 +53,10 @@ MinJobAge=600
 SchedulerParameters=batch_sched_delay=0,defer_batch=0
 PropagateResourceLimitsExcept=MEMLOCK
 {nodes}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO State=UP
+PartitionName=urgent Nodes={names} MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO PriorityTier=10 State=UP
 """
 
 

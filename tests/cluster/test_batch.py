@@ -144,6 +144,30 @@ def test_stop_ends_the_whole_chain_and_the_same_command_goes_on(cluster: Testbed
     wait_for(lambda: no_job(cluster), what="the chain to end", state=batch.logs)
     assert not batch.complete
     assert len(batch.parts) == 1
-    batch.submit()
+    # Two at once, and whoever of them is ready first begins.
+    runs = batch.submit("--parallel-jobs=2", "--set=engine_args.itl-ms=60")
     wait_for(lambda: batch.complete, what="the rows to be finished", state=batch.logs)
     batch.check_rows()
+    wait_for(lambda: no_job(cluster), what="the other job to end", state=batch.logs)
+    jobs = {batch.job(name) for name in runs}
+    assert {part["slurm_job"] for part in batch.parts if part["results"]} >= jobs
+    report = json.loads((batch.out / "report.json").read_text())
+    assert report["computed_more_than_once"] < 0.05 * ROWS
+
+
+@pytest.mark.timeout(400)
+def test_a_job_that_is_preempted_loses_nothing(cluster: Testbed, batch: Batch) -> None:
+    """Somebody with more right to the nodes takes them all: the chain's next job goes on after that."""
+    first, second = batch.submit("--jobs=2", "--set=engine_args.itl-ms=40")
+    wait_for(lambda: batch.done > 50, what="the first rows", state=batch.logs)
+    job = batch.job(first)
+    cluster.slurm(
+        "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 2", "--output=/dev/null"
+    )
+    running = ("squeue", "--noheader", f"--jobs={job}", "--states=R,CG")
+    wait_for(lambda: not cluster.slurm(*running).strip(), what="the preemption", state=batch.logs)
+    assert not batch.complete
+    wait_for(lambda: batch.complete, what="the next job to finish", state=batch.logs)
+    batch.check_rows()
+    assert "PREEMPTED" in cluster.slurm("scontrol", "show", "job", job)
+    assert batch.job(second) in {part["slurm_job"] for part in batch.parts if part["how"] == "complete"}
