@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__
 from .config.document import read_text
 from .config.load import Loaded, load_model, to_json
-from .config.model import ModelSpec
+from .config.model import ROLES, ModelSpec, Role, RoleSpec
 from .config.model_facts import is_local, read_facts
 from .config.site import Site
 from .config.sites import find_site, site_files
@@ -55,6 +55,8 @@ class LaunchRequest:
     site: str | None = None
     overrides: tuple[str, ...] = ()
     batch: BatchPlan | None = None
+    pools: Mapping[Role, RoleSpec] | None = None
+    """Instead of those of model.yaml."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,9 @@ class Prepared:
 def prepare(request: LaunchRequest, environ: Mapping[str, str], hostname: str) -> Prepared:
     """Read the files and plan. Raises ConfigError and PlanError."""
     model = _absolute(load_model(request.model, request.overrides))
+    if request.pools is not None:
+        pools = {role: request.pools.get(role) for role in ROLES}
+        model = replace(model, value=replace(model.value, **pools))  # type: ignore[arg-type]
     site = find_site(request.site, environ=environ, hostname=hostname, model=model)
     facts = read_facts(model.value.model, revision=model.value.revision, environ=environ)
     plan = make_plan(

@@ -1,7 +1,7 @@
 """Send a whole dataset through a model: one row out for each row in, whatever is killed on the way.
 
 The same command again goes on where the last one stopped. `hpcserve batch convert` writes the results in
-another format.
+another format; `hpcserve batch calibrate` measures which layout is faster.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .arguments import Parser, add_json, positive
+from .batch_request import INPUTS, YAML, add_prompts, batch_request, begin_batch, model_of
 from .output import print_json, say
 from .request import add_job, prepare
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from ..rundir.runs import Run
 
 _SHOWN = 3
-_YAML = (".yaml", ".yml")
 _OF_JOBS = (
     "nodes", "prefill", "decode", "walltime", "name", "site", "account", "partition", "overrides",
 )  # fmt: skip
@@ -36,30 +34,13 @@ def add_arguments(parser: Parser) -> None:
         "inputs",
         nargs="+",
         metavar="model.yaml DATA",
-        help="what answers (not with --endpoint), then the dataset: .jsonl, .csv, .parquet, .arrow, .gz and"
-        " .zst, directories of Hugging Face datasets, patterns",
+        help=f"what answers (not with --endpoint), then {INPUTS}",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where answers go")
     parser.add_argument(
         "--endpoint", metavar="RUN", help="use a run that serves already, behind its other users"
     )
-    source = parser.add_argument_group("prompts (none of these for OpenAI batch lines)")
-    source.add_argument(
-        "--template", type=Path, metavar="FILE", help="Jinja2 of the user's message, from columns"
-    )
-    source.add_argument("--system", metavar="TEXT", help="Jinja2 of the system message")
-    source.add_argument("--messages-column", metavar="NAME", help="column with a chat's messages")
-    source.add_argument("--prompt-column", metavar="NAME", help="column with text to be completed")
-    source.add_argument(
-        "--sampling", metavar="KEY=VALUE", action="append", default=[],
-        help="a member of every request, such as max_tokens=512 or temperature=0; may be repeated",
-    )  # fmt: skip
-    source.add_argument(
-        "--samples", type=positive, default=1, metavar="N", help="answers to each row (default: 1)"
-    )
-    source.add_argument(
-        "--seed", type=int, metavar="N", help="give each request a seed of its own, made of N and its row"
-    )
+    add_prompts(parser)
     part = parser.add_argument_group("what part, and in what form")
     part.add_argument("--limit", type=positive, metavar="N", help="the first N rows")
     part.add_argument("--sample", type=positive, metavar="N", help="N rows, chosen at random by --seed")
@@ -96,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     need("numpy", "`hpcserve batch`")
     if args.endpoint is not None:
         return _on_endpoint(args)
-    if len(args.inputs) < 2 or not args.inputs[0].endswith(_YAML):
+    if len(args.inputs) < 2 or not args.inputs[0].endswith(YAML):
         raise UsageError(
             "a batch needs a model.yaml and a dataset",
             hint="`hpcserve batch model.yaml data.jsonl -o out/`, or --endpoint RUN without a model.yaml",
@@ -107,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepare(
         args, BatchPlan(output=str(args.output.absolute()), max_error_rate=args.max_error_rate)
     )
-    spec = prepared.plan.model
-    request, model = _request(args, data), _model(prepared.plan.served_name, spec.model, spec.revision)
+    request, model = batch_request(args, data), model_of(prepared.plan)
     if args.dry_run:
         return _preview(request, model, prepared, as_json=args.json)
     jobs = {"--jobs": args.jobs, "--parallel-jobs": args.parallel_jobs}
@@ -118,56 +98,10 @@ def run(args: argparse.Namespace) -> int:
             f"{several}: site {prepared.plan.site.name} has no queue in which jobs could wait",
             hint="leave it out; the same command again goes on with the batch",
         )
-    begun = _begin(request, model)
+    begun = begin_batch(request, model)
     if begun.complete:
         return completed(begun, as_json=args.json)
     return _launch(args, prepared, begun)
-
-
-def _request(args: argparse.Namespace, data: Sequence[str]) -> BatchRequest:
-    from ..batch.begin import BatchRequest
-    from ..config.document import read_text
-
-    return BatchRequest(
-        inputs=data,
-        output=args.output,
-        template=None if args.template is None else read_text(args.template, what="--template"),
-        system=args.system,
-        prompt_column=args.prompt_column,
-        messages_column=args.messages_column,
-        sampling=_sampling(args.sampling),
-        samples=args.samples,
-        seed=args.seed,
-        limit=args.limit,
-        sample=args.sample,
-        format=args.format,
-        order=args.order,
-    )
-
-
-def _model(served_name: str, path: str, revision: str | None) -> Model:
-    from ..batch.begin import Model
-
-    return Model(served_name=served_name, path=path, revision=revision)
-
-
-def _begin(request: BatchRequest, model: Model) -> Begun:
-    from ..batch.begin import begin
-
-    def on_row(row: int) -> None:
-        if row and row % 100_000 == 0:
-            say(f"planning: {row:,} rows")
-
-    begun = begin(request, model, on_row)
-    manifest = begun.manifest
-    counted = "" if manifest.tokens_exact else "about "
-    what = "goes on with" if begun.resumed else "planned"
-    what = f"{begun.directory.out} is complete:" if begun.complete else what
-    say(
-        f"{what} {manifest.rows:,} rows, {manifest.items:,} requests, {counted}{manifest.prompt_tokens:,}"
-        " prompt tokens"
-    )
-    return begun
 
 
 def _preview(request: BatchRequest, model: Model, prepared: Prepared, *, as_json: bool) -> int:
@@ -209,13 +143,14 @@ def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
         return 0
     from .batch_watch import watch
 
-    prepared = replace(prepared, run_id=names[0])
-    return watch(runs, prepared.plan, begun, as_json=args.json)
+    if watch(runs, prepared.plan, begun):
+        return completed(begun, as_json=args.json)
+    return unfinished(begun, as_json=args.json)
 
 
 def _check_endpoint(args: argparse.Namespace) -> None:
     """Raises UsageError."""
-    if args.inputs[0].endswith(_YAML):
+    if args.inputs[0].endswith(YAML):
         raise UsageError(
             f"{args.inputs[0]} and --endpoint {args.endpoint} both say what answers",
             hint="leave one of them out",
@@ -245,9 +180,7 @@ def _on_endpoint(args: argparse.Namespace) -> int:
     plan = plan_of(run)
     endpoint(run)
     Endpoint(run.directory.endpoint)  # what is wrong with it is said before anything is written
-    begun = _begin(
-        _request(args, args.inputs), _model(plan.served_name, plan.model.model, plan.model.revision)
-    )
+    begun = begin_batch(batch_request(args, args.inputs), model_of(plan))
     if not begun.complete:
         status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
         if status == MORE_TO_DO:
@@ -283,24 +216,6 @@ def _report(begun: Begun) -> Any:
     from ..rundir.atomic import read_json
 
     return read_json(begun.directory.report) if begun.directory.report.exists() else None
-
-
-def _sampling(pairs: Sequence[str]) -> dict[str, Any]:
-    """Values are JSON where they are that, else text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(
-                f"--sampling {pair!r} is not KEY=VALUE", hint="for example --sampling max_tokens=512"
-            )
-        if name in found:
-            raise UsageError(f"--sampling gives {name} twice", hint="leave one of them out")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
 
 
 def _rate(text: str) -> float:

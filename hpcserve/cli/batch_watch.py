@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 _GLANCE = 2.0
 
 
-def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> int:
-    """Until the batch is complete or no job is left; returns the exit status. Raises JobError for a job that
-    failed, when it was the last one."""
+def watch(runs: Sequence[Run], plan: Plan, begun: Begun) -> bool:
+    """Until the batch is complete, or no job is left. Raises JobError for a job that failed, when it was the
+    last one."""
     from ..batch.finish import is_complete
     from ..control import failure, overview
-    from .batch import completed, unfinished
     from .live import follow, view
 
     names = [run.record.run_id for run in runs]
@@ -32,7 +31,7 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> in
             if progress.ready is not None:
                 _until_over(run, begun)
             if is_complete(begun.directory):
-                return completed(begun, as_json=as_json)
+                return True
             [seen], _ = overview([run])
             if seen.state == "failed" and run is runs[-1]:
                 raise failure(run, seen)
@@ -41,7 +40,7 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun, *, as_json: bool) -> in
         look, end = f"hpcserve status {names[0]}", f"hpcserve stop {names[0]}"
         say(f"\nthe batch goes on. Look at it: `{look}`; end it: `{end}`")
         raise
-    return unfinished(begun, as_json=as_json)
+    return False
 
 
 def _until_over(run: Run, begun: Begun) -> None:

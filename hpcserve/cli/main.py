@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "launch": "start an endpoint: plan, submit, and wait until it is READY",
     "batch": "send a dataset through a model; goes on after any stop",
+    "batch calibrate": "measure which layout answers a dataset faster",
     "batch convert": "write a batch's results as a table of another format",
     "ls": "list your runs",
     "status": "show how one run is doing",
