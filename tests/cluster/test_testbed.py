@@ -68,9 +68,11 @@ def test_a_job_with_no_kill_outlives_one_of_its_nodes(cluster: Testbed) -> None:
     tick = "while :; do date +%s > ~/alive-$(hostname); sleep 0.2; done"
     step = f"srun --no-kill --kill-on-bad-exit=0 -N2 -n2 sh -c '{tick}'"
     home = cluster.home("hsuser")
+    for path in home.glob("alive-*"):
+        path.unlink()  # of an earlier session: homes outlive the cluster
     sbatch = ["sbatch", "--parsable", "--no-kill", "--nodelist=n1,n2", f"--output={home}/job.log"]
     job = cluster.as_user("hsuser", [*sbatch, f"--wrap={step}"]).stdout.strip()
-    wait_for((home / "alive-n2").exists, what="the step to run on n2")
+    wait_for(lambda: len([*home.glob("alive-*")]) == 2, what="the step to run on both nodes")
 
     cluster.kill_node("n2")
     assert not cluster.is_up("n2")

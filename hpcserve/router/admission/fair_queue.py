@@ -3,7 +3,8 @@
 Each key has a counter of the tokens it was let in with, divided by its weight; the key with the lowest one
 is next. A key that comes back after a pause starts at the virtual time, the counter of the key served last,
 so that a pause earns nothing (virtual token counters: Sheng et al., "Fairness in Serving Large Language
-Models", OSDI 2024). Counters lie on the board, hence are the same in all processes.
+Models", OSDI 2024). Counters lie on the board, hence are the same in all processes; so does how many requests
+of a key wait anywhere, for a key that waits in another process has not paused.
 
 A class that waits behind a higher one gets one part in sixteen of the tokens, so that nobody starves.
 """
@@ -37,10 +38,12 @@ class Entry:
 class _Flow:
     """One key's requests of one class."""
 
-    __slots__ = ("backlog", "entries", "service", "weight")
+    __slots__ = ("backlog", "entries", "everywhere", "service", "weight")
 
-    def __init__(self, service: Cell, weight: float) -> None:
+    def __init__(self, service: Cell, everywhere: Cell, weight: float) -> None:
         self.service = service
+        self.everywhere = everywhere
+        """Requests of the key that wait, in all processes."""
         self.weight = weight
         self.entries: deque[Entry] = deque()
         self.backlog = 0.0
@@ -107,13 +110,15 @@ class FairQueue:
         level = self._level(entry.priority)
         flow = level.flows.get(entry.flow)
         if flow is None:
-            flow = level.flows[entry.flow] = _Flow(self._service(entry.flow), entry.weight)
+            everywhere = self._cell(f"fair waiting {entry.flow}")
+            flow = level.flows[entry.flow] = _Flow(self._service(entry.flow), everywhere, entry.weight)
             behind = self._now.total - flow.service.total
-            if behind > 0.0:
+            if behind > 0.0 and everywhere.total < 1.0:
                 flow.service.add(behind)
         flow.entries.append(entry)
         flow.backlog += entry.cost
         level.backlog += entry.cost
+        flow.everywhere.add(1.0)
         entry.queued = True
         self.waiting += 1
 
@@ -161,6 +166,7 @@ class FairQueue:
         else:
             flow.entries.remove(entry)
         flow.backlog -= entry.cost
+        flow.everywhere.add(-1.0)
         level.backlog -= entry.cost
         self.waiting -= 1
         if not flow.entries:
