@@ -13,30 +13,13 @@ from ..errors import ConfigError
 from .inputs.openai_lines import Kind
 from .inputs.rows import Row, RowError
 from .prompt_text import PROMPTS, prompt_text, token_ids
+from .sampling import SET_BY_US, check_sampling, shown
 from .templates import Template, column_advice
 
 __all__ = ["PromptSpec", "Prompts", "Request", "RowError"]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-
-_NOT_SAMPLING = {
-    "stream": "answers are read whole",
-    "stream_options": "answers are read whole",
-    "background": "answers are waited for",
-    "n": "samples are requests of their own",
-    "model": "it is the run's",
-    "messages": "rows have them",
-    "prompt": "rows have it",
-}
-"""Members of a body that can't be among those of `sampling`, and why."""
-
-_LEAVE = "Leave it out."
-_INSTEAD = {
-    "n": "Give --samples.",
-    "messages": "Give --messages-column or --template.",
-    "prompt": "Give --prompt-column.",
-}
 
 _ANSWER_LIMITS = {
     CHAT: ("max_completion_tokens", "max_tokens"),
@@ -140,14 +123,14 @@ class Prompts:
     def _openai(self, columns: Mapping[str, Any]) -> Request:
         path, method, body = columns.get("url"), columns.get("method"), columns.get("body")
         if not isinstance(path, str) or path not in PROMPTS:
-            raise RowError(f"url must be one of {', '.join(PROMPTS)}, not {_shown(path)}")
+            raise RowError(f"url must be one of {', '.join(PROMPTS)}, not {shown(path)}")
         if method != "POST":
-            raise RowError(f'method must be "POST", not {_shown(method)}')
+            raise RowError(f'method must be "POST", not {shown(method)}')
         if not isinstance(body, dict):
-            raise RowError(f"body must be an object, not {_shown(body)}")
+            raise RowError(f"body must be an object, not {shown(body)}")
         for member in ("stream", "background"):
             if body.get(member):
-                raise RowError(f"body: {member} can't be used: {_NOT_SAMPLING[member]}")
+                raise RowError(f"body: {member} can't be used: {SET_BY_US[member]}")
         if not any(body.get(member) for member in PROMPTS[path]):
             raise RowError(f"body: no prompt; for {path} it is {' or '.join(PROMPTS[path])}")
         return _request(path, body | {"model": self._spec.model}, columns.get("custom_id"))
@@ -201,7 +184,7 @@ def _plain(columns: Mapping[str, Any], name: str) -> str | list[int]:
         raise RowError(f"column '{name}' is empty")
     if isinstance(value, str) or token_ids(value):
         return value  # type: ignore[no-any-return] # token_ids() knows
-    raise RowError(f"column '{name}' must be text or a list of token ids, not {_shown(value)}")
+    raise RowError(f"column '{name}' must be text or a list of token ids, not {shown(value)}")
 
 
 def _messages(columns: Mapping[str, Any], name: str) -> list[Any]:
@@ -212,7 +195,7 @@ def _messages(columns: Mapping[str, Any], name: str) -> list[Any]:
         except (msgspec.MsgspecError, RecursionError) as error:
             raise RowError(f"column '{name}' is text, but no JSON: {error}") from None
     if not isinstance(value, list):
-        raise RowError(f"column '{name}' must be a list of messages, not {_shown(value)}")
+        raise RowError(f"column '{name}' must be a list of messages, not {shown(value)}")
     if not value:
         raise RowError(f"column '{name}' is empty")
     for index, message in enumerate(value):
@@ -239,13 +222,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, bytes):
         raise RowError("messages hold binary data; images are data URLs or links")
     return value
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, str | bool | int | float):
-        text = msgspec.json.encode(value).decode()
-        return text if len(text) <= 60 else f"{text[:57]}…"
-    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "this type"
 
 
 # What is checked once
@@ -292,31 +268,11 @@ def _check_rows(spec: PromptSpec) -> None:
         raise ConfigError(
             f"--samples must be at least 1, not {spec.n}", hint="It is the number of answers to a row."
         )
-    for name, reason in _NOT_SAMPLING.items():
-        if name in spec.sampling:
-            raise ConfigError(f"--sampling: `{name}` can't be set: {reason}", hint=_INSTEAD.get(name, _LEAVE))
-    _check_values(spec.sampling)
+    check_sampling(spec.sampling, chat=spec.prompt_column is None)
     if spec.n > 1 and spec.sampling.get("seed") is not None:
         raise ConfigError(
             f"--sampling: with `seed`, all {spec.n} samples of a row would be the same",
             hint="Give --seed, of which each sample's is made.",
-        )
-
-
-def _check_values(sampling: Mapping[str, Any]) -> None:
-    """What every engine would refuse in every row, after the model was loaded."""
-    for name in ("max_tokens", "max_completion_tokens"):
-        most = sampling.get(name)
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-            raise ConfigError(
-                f"--sampling: `{name}` must be a whole number from 1, not {_shown(most)}",
-                hint=f"For example --sampling {name}=512.",
-            )
-    heat = sampling.get("temperature")
-    if heat is not None and (not isinstance(heat, int | float) or isinstance(heat, bool) or not heat >= 0):
-        raise ConfigError(
-            f"--sampling: `temperature` must be a number from 0, not {_shown(heat)}",
-            hint="For example --sampling temperature=0.7.",
         )
 
 

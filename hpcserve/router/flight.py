@@ -439,7 +439,7 @@ class Flight:
         """It is over: give back what it held."""
         if self._ended:
             return
-        self._ended = True
+        self._ended, self._stream = True, None  # it knows us: a cycle that would wait for the collector
         call, router = self._call, self._path.router
         self._ticket.leave(error)
         router.admission.bodies.give_back(len(call.body))

@@ -401,6 +401,13 @@ TABLE = [
         hint="Give --samples.",
     ),
     Bad(
+        what="a misspelt sampling key",
+        args=batch("data.jsonl", "--sampling", "max_token=5"),
+        status=3,
+        says="--sampling: chats have no member `max_token`, and an engine would pass over it",
+        hint="Did you mean `max_tokens`? What only your engine's plugins know goes into `vllm_xargs`.",
+    ),
+    Bad(
         what="sampling without a value",
         args=batch("data.jsonl", "--sampling", "max_tokens"),
         status=2,

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from hpcserve.router.flight import Flight
+from hpcserve.router.stream.generated import GeneratedStream
+
 from .stubs import Bench, Exchange, Seen, until
 
 AT_ONCE = 100
@@ -80,3 +83,21 @@ async def test_a_thousand_clients_that_leave_cost_nothing_afterwards(start, engi
     assert not any(worker.in_flight or worker.leases for worker in bench.router.table.all())
     cancelled = bench.metric('hpcserve_router_cancelled_total{route="/v1/completions"}')
     assert cancelled == 1 + 2 * ROUNDS * AT_ONCE
+
+
+@pytest.mark.parametrize("engines", [("aggregated-0",), ("prefill-0", "decode-0")])
+async def test_what_a_stream_held_is_free_at_its_end_and_not_at_a_collection(start, engines):
+    """Bodies and prompt ids of hundreds of kilobytes would pile up until the collector comes."""
+    bench = await start(*engines)
+    body = {"model": "toy", "prompt": "a b", "stream": True}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            response = await bench.open("/v1/completions", body)
+            await response.read(1 << 20)
+        await until(lambda: not bench.router.in_flight, "the router to be idle")
+        left = [one for one in gc.get_objects() if isinstance(one, Flight | GeneratedStream)]
+    finally:
+        gc.enable()
+    assert not left

@@ -39,7 +39,7 @@ LOADS = (
     Load(name="chunk", connections=64, requests=128, words=100, tokens=64),
     Load(name="stream", connections=64, requests=64, words=100, tokens=512),
     Load(name="short", connections=32, requests=1600, words=100, tokens=1),
-    Load(name="long", connections=4, requests=120, words=12_000, tokens=1),
+    Load(name="long", connections=4, requests=600, words=12_000, tokens=1),
     Load(name="ttft_1", connections=1, requests=300, words=100, tokens=1),
     Load(name="ttft_64", connections=64, requests=1280, words=100, tokens=1),
 )

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 _PAUSE = 0.02
 """Seconds after which the next prompt is looked at: other requests' first bytes go before."""
-_MOST = 256
-"""Prompts that wait; beyond, the oldest are not learned from, and the next request with them is."""
+_MOST = 8 << 20
+"""Bytes of ids that wait; beyond, the oldest are not learned from, and the next request with them is."""
 
 
 class Learning:
@@ -25,19 +25,31 @@ class Learning:
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._waiting: deque[tuple[Demand, bytes]] = deque(maxlen=_MOST)
+        self._waiting: deque[tuple[Demand, bytes]] = deque()
+        self._size = 0
+        """Bytes of their ids."""
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, demand: Demand, prompt_token_ids: bytes) -> None:
         """The ids as in a JSON array, without its brackets. Costs a microsecond now."""
-        if demand.chain and demand.space is not None:
+        if demand.chain and demand.space is not None and self._residency.hears:
             self._waiting.append((demand, prompt_token_ids))
-            if self._timer is None:
+            self._size += len(prompt_token_ids)
+            while self._size > _MOST:
+                self._take()
+            if self._waiting and self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(_PAUSE, self._next)
+
+    def _take(self) -> tuple[Demand, bytes]:
+        demand, prompt_token_ids = self._waiting.popleft()
+        self._size -= len(prompt_token_ids)
+        return demand, prompt_token_ids
 
     def _next(self) -> None:
         self._timer = None
-        demand, prompt_token_ids = self._waiting.popleft()
+        if not self._waiting:
+            return
+        demand, prompt_token_ids = self._take()
         try:
             self._residency.learn(demand, prompt_token_ids)
         except ValueError as error:
@@ -49,3 +61,4 @@ class Learning:
         if self._timer is not None:
             self._timer.cancel()
         self._waiting.clear()
+        self._size = 0

@@ -296,6 +296,11 @@ class Residency:
     # What is told about it.
 
     @property
+    def hears(self) -> bool:
+        """Engines tell what they hold: what a prompt's text is in their blocks is worth knowing."""
+        return bool(self._sources)
+
+    @property
     def live(self) -> Collection[str]:
         """Workers whose engines' events are followed; for others, predictions stand in."""
         silent = {name for (name, _), source in self._sources.items() if source.silent or not source.live}

@@ -316,6 +316,7 @@ def test_messages_are_read_from_the_control_line() -> None:
 
 async def test_prompts_are_learned_after_the_fact_and_in_turn(caplog: pytest.LogCaptureFixture) -> None:
     residency = Residency()
+    residency.apply(news("decode-1", 0, ("clear", 0, b"")), now=0.0)
     learning = Learning(residency)
     learning.put(demand((1, 2, 3)), b"no ids")
     learning.put(demand(), ids())
@@ -325,6 +326,24 @@ async def test_prompts_are_learned_after_the_fact_and_in_turn(caplog: pytest.Log
             await asyncio.sleep(0.01)
     assert "prompt_token_ids" in caplog.text
     learning.put(demand((4, 5)), ids())
+    learning.close()
+
+
+async def test_nothing_waits_to_be_learned_where_no_engine_tells_what_it_holds() -> None:
+    learning = Learning(Residency())
+    learning.put(demand(), ids())
+    assert not learning._waiting
+
+
+async def test_prompts_that_wait_are_bounded_in_bytes() -> None:
+    residency = Residency()
+    residency.apply(news("decode-1", 0, ("clear", 0, b"")), now=0.0)
+    learning = Learning(residency)
+    for number in range(20):
+        learning.put(demand((number, 2, 3)), b"1," * (1 << 19))
+    assert [one[0].chain[0] for one in learning._waiting] == [*range(12, 20)]
+    learning.put(demand(), b"1," * (1 << 23))
+    assert not learning._waiting
     learning.close()
 
 
