@@ -17,6 +17,9 @@ __all__ = ["ClientGone", "Exchange", "Handler", "HttpError", "Limits", "Server",
 
 _SWEEP = 0.25
 _BACKLOG = 2048
+_ACCEPTORS = 16
+"""Connections that are accepted in one turn of the event loop. libuv accepts one per listener and turn: with
+one listener, a client that comes while the loop is busy would wait for a turn for each one before it."""
 _LEAVE = 1.0
 
 
@@ -34,14 +37,18 @@ class Server:
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
+        """All of them on one socket."""
         self._sweeper: asyncio.TimerHandle | None = None
         self._emptied: asyncio.Event | None = None
         self.port = 0
 
     async def listen(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         create = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
-        self._listener = await create(lambda: Connection(self), sock=sock, backlog=_BACKLOG, ssl=tls)
+        copies = [sock, *(sock.dup() for _ in range(_ACCEPTORS - 1))]
+        self._listeners = [
+            await create(lambda: Connection(self), sock=one, backlog=_BACKLOG, ssl=tls) for one in copies
+        ]
         self.port = int(sock.getsockname()[1]) if sock.family != socket.AF_UNIX else 0
         self._sweep()
 
@@ -60,8 +67,8 @@ class Server:
 
     def stop_listening(self) -> None:
         """Take no new connections; those there are go on."""
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     async def close(self, grace: float = 0.0) -> None:
         """Stop listening, let running exchanges finish for up to `grace` seconds, cut the rest."""
