@@ -19,8 +19,6 @@ _FAST, _SLOW, _BACK = 1.5, 1.05, 0.9
 _QUEUE = 0.25
 """Part of those that run which may wait before the budget shrinks, and at the least _FEW."""
 _FEW = 8
-_NEARLY = 0.9
-"""Of the budget in use: only then does it hold anything back, and is worth changing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,20 @@ class Budget:
         self.held = 0.0
         self.rows = 0
         self._grows_fast = True
+        self._held_back = False
+        """A row did not fit since the last steer(): a larger budget would be used."""
+        self._was_cut = False
 
     def fits(self, tokens: float, workers: int) -> bool:
         """May a row of so many tokens begin now?"""
         if not self.rows:
             return True
         if self.limit is None:
-            return self.rows < _FIRST_ROWS * max(1, workers)
-        return self.held + tokens <= self.limit
+            fits = self.rows < _FIRST_ROWS * max(1, workers)
+        else:
+            fits = self.held + tokens <= self.limit
+        self._held_back |= not fits
+        return fits
 
     def enter(self, tokens: float) -> None:
         self.held += tokens
@@ -80,6 +84,7 @@ class Budget:
 
     def steer(self, engines: Iterable[EngineLoad], queued: float) -> None:
         """Once a second: what the engines say, and how many requests wait in the router."""
+        held_back, self._held_back, self._was_cut = self._held_back, False, False
         by_role: dict[str, list[EngineLoad]] = defaultdict(list)
         for engine in engines:
             by_role[engine.role].append(engine)
@@ -92,15 +97,18 @@ class Budget:
         running = sum(engine.running for pool in by_role.values() for engine in pool)
         count = sum(map(len, by_role.values()))
         if hungry:
-            if self.held >= _NEARLY * self.limit:
+            if held_back:
                 self.limit *= _FAST if self._grows_fast else _SLOW
             return
         self._grows_fast = False
-        if waiting > max(_QUEUE * running, _FEW * count):
+        # While more is in flight than the limit, the last cut has not worked yet: slow engines would be cut
+        # to nothing before their first answer.
+        if waiting > max(_QUEUE * running, _FEW * count) and self.held <= self.limit:
             self.limit = max(_BACK * min(self.limit, self.held), 1.0)
 
     def cut(self) -> None:
-        """The endpoint refused a request for want of room."""
+        """The endpoint refused a request for want of room. Of many that it refused at once, one counts."""
         self._grows_fast = False
-        if self.limit is not None:
+        if self.limit is not None and not self._was_cut:
+            self._was_cut = True
             self.limit = max(_BACK * min(self.limit, self.held), 1.0)

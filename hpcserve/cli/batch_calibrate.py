@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MORE_TO_DO, UsageError
 from .arguments import Parser, add_json, positive
@@ -70,26 +71,28 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"state": "complete", "layouts": rates, "verdict": verdict})
         return 0
+    _show(rates)
+    print(verdict)
+    return 0
+
+
+def _show(rates: Mapping[str, Mapping[str, Any]]) -> None:
     header = ("LAYOUT", "ROWS/S", "TOKENS/S", "ROWS PER GPU-HOUR")
-    print(
-        table(
-            header,
-            [
-                (
-                    name,
-                    f"{found['rows_per_second']:,.2f}",
-                    f"{found['tokens_per_second']:,.0f}",
-                    "-" if found["rows_per_gpu_hour"] is None else f"{found['rows_per_gpu_hour']:,.0f}",
-                )
-                for name, found in rates.items()
-            ],
+    lines = []
+    for name, found in rates.items():
+        per_hour = found["rows_per_gpu_hour"]
+        lines.append(
+            (
+                name,
+                f"{found['rows_per_second']:,.2f}",
+                f"{found['tokens_per_second']:,.0f}",
+                "-" if per_hour is None else f"{per_hour:,.0f}",
+            )
         )
-    )
+    print(table(header, lines))
     for name, found in rates.items():
         if found["advice"] is not None:
             print(f"{name}: {found['advice']}")
-    print(verdict)
-    return 0
 
 
 def _prepare(args: argparse.Namespace) -> dict[str, Prepared]:
