@@ -128,10 +128,13 @@ def test_no_stream_breaks_when_a_node_dies(
     cluster: Testbed, run: Launched, capsys: pytest.CaptureFixture[str], power_cut: bool
 ) -> None:
     doomed = replica_away_from_head(run, "decode")
-    tokens = 500
+    tokens = 1000  # 20 s: the last stream has to begin before the first one ends, on a slow machine as well
     with ThreadPoolExecutor(50) as pool:
         streams: list[Future[Streamed]] = [pool.submit(read_stream, run, n, tokens) for n in range(50)]
-        wait_for(lambda: in_flight(run) == 50, what="50 streams to run", state=run.logs)
+        wait_for(
+            lambda: in_flight(run) == 50, what="50 streams to run",
+            state=lambda: f"{in_flight(run)} run, {sum(s.done() for s in streams)} are over; {run.logs()}",
+        )  # fmt: skip
         on_doomed = run.workers()[doomed]["in_flight"]
         assert 0 < on_doomed < 50
 
