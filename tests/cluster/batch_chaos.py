@@ -37,7 +37,7 @@ engine_args: {itl-ms: 25, max-num-seqs: 16}
 """
 VICTIMS = {
     "driver": "hpcserve.batch drive",
-    "engine": "hpcserve.fake_engine",
+    "engine": "hpcserve.engines.fake_server",
     "router": "hpcserve.router",
     "agent": "hpcserve.node agent",
     "head": "hpcserve.node head",
