@@ -14,8 +14,8 @@ _SAME = 0.05
 
 def rate(parts: Sequence[Part]) -> dict[str, Any]:
     """Of one layout. Loading and merging do not count: they are the same for ten rows and for a million."""
-    seconds = sum(part.edges[3] - part.edges[1] for part in parts)
-    gpu_hours = sum(part.gpus * (part.edges[3] - part.edges[1]) / 3600 for part in parts)
+    seconds = sum(part.working for part in parts)
+    gpu_hours = sum(part.gpus * part.working / 3600 for part in parts)
     rows = sum(part.results for part in parts)
     tokens = sum(part.prompt_tokens + part.output_tokens for part in parts)
     used = pools.together(part.pools for part in parts)

@@ -67,6 +67,11 @@ class Part(msgspec.Struct, frozen=True):
         tail = self.tail if self.tail is not None else self.last_result or self.ended
         return self.job_began, self.began, tail, max(self.last_result or self.ended, tail), self.ended
 
+    @property
+    def working(self) -> float:
+        """Seconds from the driver's begin to the last result: neither loading nor merging."""
+        return self.edges[3] - self.edges[1]
+
 
 def note(
     directory: BatchDir, member: str, slurm_job: str | None, progress: Progress, how: str, endpoint: Path

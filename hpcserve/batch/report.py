@@ -127,6 +127,8 @@ def text(report: dict[str, Any]) -> str:
         )
     if report["advice"] is not None:
         lines.append(f"advice          {report['advice']}")
+    if report["driver_cpu_ms_per_row"] is not None:
+        lines.append(f"driver          {report['driver_cpu_ms_per_row']:.2f} ms of CPU time a row")
     again = report["computed_more_than_once"]
     lines.append(f"computed again  {again:,} rows ({again / max(1, report['results']):.1%})")
     for name in ("attempts", "finish_reasons", "retries"):

@@ -47,6 +47,7 @@ def test_gpu_hours_are_split_by_what_they_went_into() -> None:
     assert found["gpu_hours_per_million_tokens"] == 24
     assert found["rows_per_gpu_hour"] == pytest.approx(1000 / 96, abs=1e-3)
     assert found["driver_cpu_ms_per_row"] == 2
+    assert "driver          2.00 ms of CPU time a row" in text(found)
     assert found["computed_more_than_once"] == 1
 
 

@@ -21,20 +21,12 @@ from pathlib import Path
 
 from . import testbed
 from .launched import Launches
+from .test_batch import MODEL, Batch
 from .testbed import Testbed
 
 USER = "hsuser"
 LANES = 2
-MODEL = """\
-model: example/nothing-to-load
-served_name: fake
-engine: fake
-prefill: {replicas: 1, nodes: 1}
-decode: {replicas: 1, nodes: 1}
-drain: 5
-walltime: 01:00:00
-engine_args: {itl-ms: 25, max-num-seqs: 16}
-"""
+FLAGS = ("--walltime=01:00:00", "--set=engine_args.itl-ms=25", "--set=engine_args.max-num-seqs=16")
 VICTIMS = {
     "driver": "hpcserve.batch drive",
     "engine": "hpcserve.engines.fake_server",
@@ -50,17 +42,12 @@ _PATIENCE = 1800.0
 class Chaos:
     def __init__(self, cluster: Testbed, *, rows: int, kills: int, pause: float, seed: int) -> None:
         self._cluster = cluster
-        self._launches = Launches(cluster, USER)
         self._rows = rows
         self._kills = kills
         self._pause = pause
         self._random = random.Random(seed)
         self.killed: Counter[str] = Counter()
         self.jobs = 0
-        home = cluster.home(USER)
-        self._out = home / "chaos.out"
-        shutil.rmtree(self._out, ignore_errors=True)
-        self._model = self._launches.file("chaos.yaml", MODEL)
         lines = []
         for number in range(rows):
             body = {
@@ -71,18 +58,22 @@ class Chaos:
             }
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
             lines.append(json.dumps(line) + "\n")
-        self._data = self._launches.file("chaos.jsonl", "".join(lines))
+        launches = Launches(cluster, USER)
+        model = launches.file("chaos.yaml", MODEL)
+        self._batch = Batch(launches, model, launches.file("chaos.jsonl", "".join(lines)))
+        self._out = self._batch.out
+        shutil.rmtree(self._out, ignore_errors=True)
 
     def run(self) -> float:
         """Seconds until the output was complete. Raises TimeoutError."""
         began = time.monotonic()
         killed_at, done_then = began, 0
-        while not (self._out / "report.txt").exists():
+        while not self._batch.complete:
             if time.monotonic() - began > _PATIENCE:
                 raise TimeoutError(f"not complete after {_PATIENCE:g} s, with {dict(self.killed)} killed")
             self._submit()
             time.sleep(0.5)
-            done = self._done()
+            done = self._batch.done
             # Something must come of each life.
             due = done > done_then and time.monotonic() - killed_at > self._pause
             if due and self.killed.total() < self._kills and self._kill():
@@ -106,16 +97,10 @@ class Chaos:
         jobs = len(self._cluster.slurm("squeue", "--noheader", "--states=PD,R,CG").split("\n")) - 1
         up = [host.name for host in self._cluster.hosts if self._cluster.is_up(host.name)]
         for _ in range(min(LANES - jobs, len(up) // 2)):
-            self._launches.hpcserve(
-                "batch", "--site=test-cluster", "--nodes=2", "--no-wait", str(self._model), str(self._data),
-                "-o", str(self._out),
-            )  # fmt: skip
+            self._batch.submit(*FLAGS)
             self.jobs += 1
-            if (self._out / "report.txt").exists():
+            if self._batch.complete:
                 return
-
-    def _done(self) -> int:
-        return sum(path.read_bytes().count(b"\n") for path in self._out.glob(".batch/journals/*.data"))
 
     def _kill(self) -> bool:
         victim = self._random.choices([*VICTIMS, NODE], weights=[3, 4, 2, 2, 1, 1])[0]
