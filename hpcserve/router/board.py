@@ -62,23 +62,39 @@ class Load:
 class Cell:
     """One named figure, summed over all processes."""
 
-    __slots__ = ("total",)
+    __slots__ = ("number", "total")
 
     total: float
+    number: int
+    """The same in every process: see Board.numbered."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
         self.total = 0.0
 
     def add(self, amount: float) -> None:
         """Change this process's share."""
         self.total += amount
 
+    def put(self, share: float) -> None:
+        """Set this process's share."""
+        self.total = share
+
+    def shares(self) -> list[float]:
+        """Each process's."""
+        return [self.total]
+
 
 class Board:
     """The figures as one process sees them. `Board()` is one for a process without company."""
 
+    process = 0
+    """This one's number."""
+    processes = 1
+
     def __init__(self) -> None:
         self._cells: dict[str, Cell] = {}
+        self._numbered: dict[int, Cell] = {}
 
     def load(self, slot: int | None) -> Load:
         """The load of the worker in `slot`; processes agree on slots. None: known to this process alone."""
@@ -89,10 +105,21 @@ class Board:
         cell = self._cells.get(name)
         if cell is None:
             cell = self._cells[name] = self._new_cell(name)
+            self._numbered[cell.number] = cell
+        return cell
+
+    def numbered(self, number: int) -> Cell:
+        """The figure with that number, which some process has asked for by its name."""
+        cell = self._numbered.get(number)
+        if cell is None:
+            cell = self._numbered[number] = self._find_cell(number)
         return cell
 
     def _new_cell(self, name: str) -> Cell:
-        return Cell()
+        return Cell(len(self._cells))
+
+    def _find_cell(self, number: int) -> Cell:
+        raise LookupError(f"no figure has the number {number}")
 
 
 class SharedBoard(Board):
@@ -104,8 +131,8 @@ class SharedBoard(Board):
     def __init__(self, fd: int, *, processes: int, process: int | None = None) -> None:
         super().__init__()
         self._fd = fd
-        self._processes = processes
-        self._process = process
+        self.processes = processes
+        self.process = process or 0
         self._map = mmap.mmap(fd, _size(processes))
         end = _FIGURES * processes * _FLOAT
         self._figures = memoryview(self._map)[:end].cast("d")
@@ -130,11 +157,11 @@ class SharedBoard(Board):
                 f"worker slot {slot} does not exist: a router takes {SLOTS} workers",
                 hint="run a second router for the rest",
             )
-        return _SharedLoad(self._figures, slot * len(NAMES), self._processes, self._process or 0)
+        return _SharedLoad(self._figures, slot * len(NAMES), self.processes, self.process)
 
     def clear(self, process: int) -> None:
         """Forget what a process that died had counted."""
-        self._figures[process :: self._processes] = memoryview(bytes(_FIGURES * _FLOAT)).cast("d")
+        self._figures[process :: self.processes] = memoryview(bytes(_FIGURES * _FLOAT)).cast("d")
 
     def close(self) -> None:
         self._figures.release()
@@ -149,7 +176,10 @@ class SharedBoard(Board):
                 f"all {CELLS} shared figures of the router are taken",
                 hint="restart the router: figures of revoked keys are only freed then",
             )
-        return _SharedCell(self._figures, SLOTS * len(NAMES) + number, self._processes, self._process or 0)
+        return self._find_cell(number)
+
+    def _find_cell(self, number: int) -> Cell:
+        return _SharedCell(self._figures, number, self.processes, self.process)
 
     def _number(self, digest: bytes) -> int | None:
         with self._locked():
@@ -216,9 +246,10 @@ class _SharedLoad(Load):
 class _SharedCell(Cell):
     __slots__ = ("_figures", "_first", "_own", "_processes")
 
-    def __init__(self, figures: memoryview[float], figure: int, processes: int, process: int) -> None:
+    def __init__(self, figures: memoryview[float], number: int, processes: int, process: int) -> None:
+        self.number = number
         self._figures = figures
-        self._first = figure * processes
+        self._first = (SLOTS * len(NAMES) + number) * processes
         self._own = self._first + process
         self._processes = processes
 
@@ -228,3 +259,9 @@ class _SharedCell(Cell):
 
     def add(self, amount: float) -> None:
         self._figures[self._own] += amount
+
+    def put(self, share: float) -> None:
+        self._figures[self._own] = share
+
+    def shares(self) -> list[float]:
+        return list(self._figures[self._first : self._first + self._processes])

@@ -46,7 +46,7 @@ class Ticket(Entry):
 
     __slots__ = (
         "_admission", "_first", "_future", "_identity", "_key", "_model", "_prompt", "_streams", "_used",
-        "arrived", "deadline", "prefill", "waited",
+        "deadline", "prefill", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -104,7 +104,7 @@ class Ticket(Entry):
         admission.look(now)
         if self._identity.limits is not NO_LIMITS:
             self._key = admission.quota.take(self._identity, self.cost, now)
-        if not admission.queue.waiting and admission.fits(self) is None:
+        if not admission.queue.waiting_anywhere and admission.fits(self) is None:
             self._take_at_once(loop)
             return self
         self._future = loop.create_future()
@@ -126,7 +126,7 @@ class Ticket(Entry):
         loop = admission.loop()
         self.arrived = now = loop.time()
         admission.look(now)
-        if admission.queue.waiting or admission.fits(self) is not None:
+        if admission.queue.waiting_anywhere or admission.fits(self) is not None:
             return False
         if self._identity.limits is not NO_LIMITS:
             self._key = admission.quota.take(self._identity, self.cost, now)
@@ -232,7 +232,7 @@ class Admission:
         }
         self.meter = meter or Meter()
         self.quota = Quota(board, self.meter)
-        self.queue = FairQueue(board.cell)
+        self.queue = FairQueue(board)
         self.budgets = Budgets(config.queue_seconds * ENGINE_PART)
         self.prefill = board.cell("prefill")
         """Tokens of prompts that were let in and had no first byte yet."""
@@ -375,20 +375,20 @@ class Admission:
         )
 
     def dispatch(self) -> None:
-        """Let in who is next, as long as there is room."""
-        queue = self.queue
-        while True:
-            ticket = queue.head()
-            if not isinstance(ticket, Ticket):
-                return
+        """Let in who is next, as long as there is room and nobody in another process goes first."""
+        queue, budgets, now = self.queue, self.budgets, self.loop().time()
+        # Processes look for room in turns; each may then let in what is computed until it looks again.
+        slack = budgets.rate * budgets.tokens / budgets.prompt_tokens * _POLL_EVERY * 2
+        while isinstance(ticket := queue.head(), Ticket):
             if ticket.gone:
                 queue.remove(ticket)
                 continue
-            if self.fits(ticket) is not None:
-                return
+            if self.fits(ticket) is not None or queue.yields(now, slack):
+                break
             queue.pop()
             self._drained[ticket.priority] += ticket.cost
             ticket.let_in()
+        queue.show(now)
 
     # Timers
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hpcserve.http.errors import HttpError
 from hpcserve.router.admission.admission import Admission
-from hpcserve.router.board import Board
+from hpcserve.router.board import Board, SharedBoard
 from hpcserve.router.config import RouterConfig, WorkerSpec
 from hpcserve.router.demand import Demand
 from hpcserve.router.keys.identity import Identity
@@ -65,7 +66,7 @@ class Client:
 
 
 class World:
-    """Workers, a router's admission, and clients."""
+    """Workers, a router's admission in each of its processes, and clients."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class World:
         queue_seconds: float = 2.0,
         declared: float | None = None,
         kv_tokens: float | None = None,
-        board: Board | None = None,
+        processes: int = 1,
     ) -> None:
         self.engines = engines
         specs = [
@@ -86,22 +87,34 @@ class World:
                 worker.rates.observe("prefill", declared, 1.0)
             if kv_tokens is not None:
                 worker.facts = EngineFacts(kv_tokens=kv_tokens)
-        config = RouterConfig(served_name="toy", engine="fake", queue_seconds=queue_seconds)
-        self.admission = Admission(config, board or Board(), table=self.table)
+        config = RouterConfig(
+            served_name="toy", engine="fake", queue_seconds=queue_seconds, processes=processes
+        )
+        boards = [Board()] if processes == 1 else _shared(processes)
+        self.admissions = [Admission(config, board, table=self.table) for board in boards]
+        self.admission = self.admissions[0]
         self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(
-        self, client: Client, prompt: int, output: int, *, priority: int = 0, streams: bool = True
+        self,
+        client: Client,
+        prompt: int,
+        output: int,
+        *,
+        priority: int = 0,
+        streams: bool = True,
+        process: int = 0,
     ) -> None:
-        """One request, to its end."""
+        """One request, to its end, which came to that process."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         seen = Seen(began)
         client.seen.append(seen)
         demand = Demand(prompt_tokens=prompt, output_tokens=output, priority=priority, model="toy")
         try:
-            async with self.admission.admit(client.identity, demand, streams=streams) as ticket:
+            admission = self.admissions[process]
+            async with admission.admit(client.identity, demand, streams=streams) as ticket:
                 self._next = (self._next + 1) % len(self.engines)
 
                 def first_byte() -> None:
@@ -127,6 +140,7 @@ class World:
         output: int = 100,
         priority: int = 0,
         seed: int = 0,
+        process: int = 0,
     ) -> None:
         """Poisson arrivals, whatever becomes of them; returns when the last one has come."""
         dice = random.Random(seed)
@@ -139,7 +153,7 @@ class World:
                 await asyncio.sleep(max(0.0, end - loop.time()))
                 return
             await asyncio.sleep(at - loop.time())
-            task = asyncio.create_task(self.ask(client, prompt, output, priority=priority))
+            task = asyncio.create_task(self.ask(client, prompt, output, priority=priority, process=process))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -150,13 +164,23 @@ class World:
 
     def empty(self) -> bool:
         """Nothing is held, nothing waits."""
-        admission = self.admission
-        return (
+        return all(
             admission.prefill.total == 0.0
             and admission.kv.total == 0.0
             and admission.queue.waiting == 0
             and admission.queue.backlog == 0.0
+            for admission in self.admissions
         )
+
+
+def _shared(processes: int) -> list[Board]:
+    first = SharedBoard.create(processes)
+    try:
+        return [
+            SharedBoard(os.dup(first.fd), processes=processes, process=number) for number in range(processes)
+        ]
+    finally:
+        first.close()
 
 
 def percentile(values: list[float], part: float) -> float:

@@ -12,7 +12,7 @@ from hpcserve.router.board import Board, SharedBoard
 
 
 def queue() -> FairQueue:
-    return FairQueue(Board().cell)
+    return FairQueue(Board())
 
 
 def push(
@@ -127,7 +127,7 @@ def two() -> Iterator[tuple[FairQueue, FairQueue]]:
     """The queues of two processes."""
     first = SharedBoard.create(2)
     boards = [SharedBoard(os.dup(first.fd), processes=2, process=number) for number in range(2)]
-    yield FairQueue(boards[0].cell), FairQueue(boards[1].cell)
+    yield FairQueue(boards[0]), FairQueue(boards[1])
     for board in (first, *boards):
         board.close()
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .live import DEADLINE, Client, Live
+from tests.patience import DEADLINE
+
+from .live import Client, Live
 
 MANY, FEW = 300, 30
 WORDS = 400
@@ -45,8 +47,8 @@ async def test_two_keys_at_ten_to_one_get_equal_shares_and_the_rest_is_refused(
         await _until(lambda: len(many.accepted()) + len(few.accepted()) >= 350, "shares")
         shares = len(many.accepted()) - before[0], len(few.accepted()) - before[1]
         await _end(tasks)
-        # In each of several processes, connections are spread unevenly.
-        tolerance = 1.1 if processes == 1 else 1.5
+        # A process that the machine stalls for a second is not waited for.
+        tolerance = 1.1 if processes == 1 else 1.25
         assert 1 / tolerance < shares[0] / shares[1] < tolerance, shares
         refused = many.refused() + few.refused()
         assert len(refused) > 50
