@@ -10,6 +10,8 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..errors import MORE_TO_DO, HpcserveError, JobError
@@ -18,7 +20,7 @@ from .api import process as api
 from .api.carrier import AT_ONCE
 from .api.handler import MAX_FILE
 from .driver import ERROR_RATE, Driver, Limits
-from .finish import finish, settle
+from .finish import answered, finish, settle
 from .layout import BatchDir
 from .members import this_process
 from .merge import Unfinished
@@ -37,19 +39,22 @@ def main(argv: list[str] | None = None) -> int:
             return api.run(_settings(options))
         directory = BatchDir(options.out)
         if options.program == "check":
-            return check(directory)
-        return drive(directory, options.endpoint, Limits(error_rate=options.max_error_rate))
+            return check(directory, merge_apart=options.merge_apart)
+        limits = Limits(error_rate=options.max_error_rate)
+        return drive(directory, options.endpoint, limits, merge_apart=options.merge_apart)
     except HpcserveError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code
 
 
-def check(directory: BatchDir) -> int:
-    """Is there something to do that is worth loading a model for? Raises JobError, when the last jobs got
-    nothing done, RunError and StorageError."""
+def check(directory: BatchDir, *, merge_apart: bool = False) -> int:
+    """Is there something to do that is worth loading a model for? Merging is not. Raises JobError, when the
+    last jobs got nothing done, RunError and StorageError."""
     if settle(directory):
         print(f"{directory.out} is complete", file=sys.stderr)
         return COMPLETE
+    if answered(directory):
+        return _finish(directory, partial(print, file=sys.stderr), merge_apart=merge_apart)
     if directory.stop.exists():
         print(f"the batch in {directory.out} was stopped; the same command goes on with it", file=sys.stderr)
         return COMPLETE
@@ -62,8 +67,10 @@ def check(directory: BatchDir) -> int:
     return MORE_TO_DO
 
 
-def drive(directory: BatchDir, endpoint: Path, limits: Limits) -> int:
+def drive(directory: BatchDir, endpoint: Path, limits: Limits, *, merge_apart: bool = False) -> int:
     """Work on the batch until it is complete or this job's time is up; returns the exit status.
+
+    `merge_apart`: until all is answered; another job merges it.
 
     Raises StorageError, RunError, ConfigError, and TooManyErrors.
     """
@@ -87,12 +94,20 @@ def drive(directory: BatchDir, endpoint: Path, limits: Limits) -> int:
         return COMPLETE
     if how == "more":
         return MORE_TO_DO
+    return _finish(directory, progress.note, merge_apart=merge_apart)
+
+
+def _finish(directory: BatchDir, say: Callable[[str], object], *, merge_apart: bool) -> int:
+    """All is answered; returns the exit status."""
+    if merge_apart:
+        say("all rows are answered; another job merges them")
+        return COMPLETE
     try:
         merged = finish(directory)
     except Unfinished as error:
-        progress.note(f"{error.items} lines of the journals are damaged; their rows are done again")
+        say(f"{error.items} lines of the journals are damaged; their rows are done again")
         return MORE_TO_DO
-    progress.note(f"complete: {merged.items:,} rows, {merged.failed:,} of them errors: {merged.output}")
+    say(f"complete: {merged.items:,} rows, {merged.failed:,} of them errors: {merged.output}")
     return COMPLETE
 
 
@@ -110,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("check", "drive"):
         program = programs.add_parser(name)
         program.add_argument("out", type=Path)
+        program.add_argument("--merge-apart", action="store_true", help="leave the merge to another job")
         if name == "drive":
             program.add_argument("--endpoint", type=Path, required=True, help="the run's endpoint.json")
             program.add_argument("--max-error-rate", type=float, default=ERROR_RATE)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, RunError
 from . import disk
-from .finish import settle
+from .finish import answered, settle
 from .inputs.files import Inputs, open_inputs
 from .layout import BatchDir
 from .lengths import Counter
@@ -65,6 +65,8 @@ class Begun(NamedTuple):
     manifest: Manifest
     resumed: bool
     complete: bool
+    answered: bool
+    """All that is left is to merge the answers."""
 
 
 class Preview(NamedTuple):
@@ -89,14 +91,19 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
         if not complete:
             directory.stop.unlink(missing_ok=True)
             disk.write_whole(directory.asked, b"")
-        return Begun(directory, before, True, complete)
+        return Begun(directory, before, True, complete, complete or answered(directory))
     _check_new(directory, inputs, output, request)
     manifest = make_plan(
         directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row
     )
     # Somebody else may have been quicker, and asked for something else.
     check_same(manifest, describe(inputs, asked, output, request.order), directory)
-    return Begun(directory, manifest, False, False)
+    return Begun(directory, manifest, False, False, False)
+
+
+def is_planned(request: BatchRequest) -> bool:
+    """Somebody planned a batch in this output directory. Raises ConfigError and StorageError."""
+    return _before(BatchDir(request.output.absolute())) is not None
 
 
 def preview(request: BatchRequest, model: Model, rows: int) -> list[Preview]:

@@ -13,6 +13,7 @@ from .manifest import Manifest, read_manifest
 from .merge import Merged, merge
 from .outputs.writers import output_name
 from .report import make_report, write_report
+from .tally import Tally
 
 
 def output_path(directory: BatchDir, manifest: Manifest) -> Path:
@@ -37,6 +38,16 @@ def settle(directory: BatchDir) -> bool:
     else:
         finish(directory)
     return True
+
+
+def answered(directory: BatchDir) -> bool:
+    """Every item has a result: all that is left is to merge them. Raises RunError and StorageError."""
+    manifest = read_manifest(directory)
+    if not directory.journals.exists():
+        return False
+    tally = Tally(directory.journals, manifest.items)
+    tally.look()
+    return not tally.left
 
 
 def finish(directory: BatchDir) -> Merged:

@@ -14,6 +14,7 @@ report.json .txt .svg            what it cost
     claims/RRRR.work             the work of a round after the first
     jobs/JOB                     jobs that took part
     history/JOB.json             what each of them did, at its end
+    merge/                       submitit's files of the job that merges, where that is one of its own
     status.json                  how it goes
     stop                         exists once somebody asked it to stop
     asked                        written whenever the command is given again
@@ -58,6 +59,10 @@ class BatchDir:
     @property
     def history(self) -> Path:
         return self.work / "history"
+
+    @property
+    def merge(self) -> Path:
+        return self.work / "merge"
 
     @property
     def status(self) -> Path:

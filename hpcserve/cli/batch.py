@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .arguments import Parser, add_json, positive
-from .batch_request import INPUTS, YAML, add_prompts, batch_request, begin_batch, model_of
+from .batch_request import INPUTS, YAML, add_prompts, batch_request, begin_apart, begin_batch, model_of
 from .output import print_json, say
 from .request import add_job, prepare
 
@@ -98,10 +99,51 @@ def run(args: argparse.Namespace) -> int:
             f"{several}: site {prepared.plan.site.name} has no queue in which jobs could wait",
             hint="leave it out; the same command again goes on with the batch",
         )
-    begun = begin_batch(request, model)
-    if begun.complete:
+    return _carry_out(args, prepared, request, model)
+
+
+def _carry_out(args: argparse.Namespace, prepared: Prepared, request: BatchRequest, model: Model) -> int:
+    from ..batch import apart
+
+    large = apart.is_large(request, prepared.plan.site)
+    if large:
+        begun = begin_apart(request, model, prepared.plan, prepared.root)
+    else:
+        begun = begin_batch(request, model)
+    if begun.complete or (begun.answered and not large and _merged(begun)):
         return completed(begun, as_json=args.json)
-    return _launch(args, prepared, begun)
+    runs = [] if begun.answered and large else _submit(args, prepared, merge_apart=large)
+    merging = None
+    if large:
+        after = [str(run.record.job_id) for run in runs[-args.parallel_jobs :]]
+        merging = apart.merge(request, begun.directory, prepared.plan.site, prepared.plan.name, after)
+        say(f"submitted the merge as job {merging.job_id}; its files are in {begun.directory.merge}")
+    names = [run.record.run_id for run in runs]
+    if args.no_wait:
+        if names:
+            say(f"watch it with `hpcserve status {names[0]}`; end it with `hpcserve stop {names[0]}`")
+        if args.json:
+            print_json({"state": "submitted", "runs": names, "output": str(begun.directory.out)})
+        return 0
+    from .batch_watch import watch, watch_merge
+
+    if (runs and watch(runs, prepared.plan, begun)) or (merging is not None and watch_merge(merging)):
+        return completed(begun, as_json=args.json)
+    return unfinished(begun, as_json=args.json)
+
+
+def _merged(begun: Begun) -> bool:
+    """Merge what is all answered, here and now. False: there is more to do, for answers were damaged."""
+    from ..batch.finish import finish
+    from ..batch.merge import Unfinished
+
+    say("all rows are answered; merging them")
+    try:
+        finish(begun.directory)
+    except Unfinished as error:
+        say(str(error))
+        return False
+    return True
 
 
 def _preview(request: BatchRequest, model: Model, prepared: Prepared, *, as_json: bool) -> int:
@@ -120,10 +162,14 @@ def _preview(request: BatchRequest, model: Model, prepared: Prepared, *, as_json
     return 0
 
 
-def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
+def _submit(args: argparse.Namespace, prepared: Prepared, *, merge_apart: bool) -> list[Run]:
+    """The batch's jobs, in the order in which they can run."""
     from ..launch import submit
     from ..render.summary import cost_line
 
+    batch = prepared.plan.batch
+    assert batch is not None, "it was asked for"
+    prepared = replace(prepared, plan=replace(prepared.plan, batch=replace(batch, merge_apart=merge_apart)))
     count = args.jobs * args.parallel_jobs
     say(f"cost: {cost_line(prepared.plan)}" + (f", up to {count} times" if count > 1 else ""))
     runs: list[Run] = []
@@ -135,17 +181,7 @@ def _launch(args: argparse.Namespace, prepared: Prepared, begun: Begun) -> int:
             runs.append(run)
             job, path = run.record.job_id, run.directory.path
             say(f"submitted {run.record.run_id} as job {job}; run directory: {path}")
-    names = [run.record.run_id for run in runs]
-    if args.no_wait:
-        say(f"watch it with `hpcserve status {names[0]}`; end it with `hpcserve stop {names[0]}`")
-        if args.json:
-            print_json({"state": "submitted", "runs": names, "output": str(begun.directory.out)})
-        return 0
-    from .batch_watch import watch
-
-    if watch(runs, prepared.plan, begun):
-        return completed(begun, as_json=args.json)
-    return unfinished(begun, as_json=args.json)
+    return runs
 
 
 def _check_endpoint(args: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ from .output import say
 if TYPE_CHECKING:
     from ..batch.begin import BatchRequest, Begun, Model
     from ..plan.plan import Plan
+    from ..slurm.function_job import FunctionJob
+    from ..slurm.scheduler import JobState
 
 YAML = (".yaml", ".yml")
 INPUTS = (
@@ -73,13 +75,34 @@ def model_of(plan: Plan) -> Model:
 
 
 def begin_batch(request: BatchRequest, model: Model) -> Begun:
+    """Planned where the command runs."""
     from ..batch.begin import begin
 
     def on_row(row: int) -> None:
         if row and row % 100_000 == 0:
             say(f"planning: {row:,} rows")
 
-    begun = begin(request, model, on_row)
+    return _say_begun(begin(request, model, on_row))
+
+
+def begin_apart(request: BatchRequest, model: Model, plan: Plan, runs: Path) -> Begun:
+    """Planned in a job, while this shows how it waits; what was planned before is taken up here."""
+    from ..batch import apart
+    from ..batch.begin import is_planned
+
+    if is_planned(request):
+        return begin_batch(request, model)
+
+    def on_submit(job: FunctionJob, folder: Path) -> None:
+        say(f"planning in job {job.job_id} on {plan.site.slurm.cpu_partition}; its log is in {folder}")
+
+    def on_change(state: JobState) -> None:
+        say(f"job {state.job_id}: {state.words}")
+
+    return _say_begun(apart.plan(request, model, plan.site, plan.name, runs, on_submit, on_change))
+
+
+def _say_begun(begun: Begun) -> Begun:
     manifest = begun.manifest
     counted = "" if manifest.tokens_exact else "about "
     what = "goes on with" if begun.resumed else "planned"

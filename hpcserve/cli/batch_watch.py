@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..batch.begin import Begun
     from ..plan.plan import Plan
     from ..rundir.runs import Run
+    from ..slurm.function_job import FunctionJob
+    from ..slurm.scheduler import JobState
 
 _GLANCE = 2.0
 
@@ -41,6 +43,19 @@ def watch(runs: Sequence[Run], plan: Plan, begun: Begun) -> bool:
         say(f"\nthe batch goes on. Look at it: `{look}`; end it: `{end}`")
         raise
     return False
+
+
+def watch_merge(job: FunctionJob) -> bool:
+    """Until the job that merges is over; is the batch complete? Raises its errors, and SlurmError."""
+    told: set[str] = set()
+
+    def on_change(state: JobState) -> None:
+        if state.words not in told:
+            told.add(state.words)
+            say(f"merge, job {state.job_id}: {state.words}")
+
+    complete: bool = job.result(on_change)
+    return complete
 
 
 def _until_over(run: Run, begun: Begun) -> None:

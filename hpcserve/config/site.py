@@ -62,6 +62,13 @@ class SlurmSite(Provenance):
         choices=("pmix", "pmi2", "cray_shasta", "none"),
     )
     kill_wait: int = key("Seconds between SIGTERM and SIGKILL (KillWait).", 30, minimum=1)
+    cpu_partition: str | None = key(
+        "Partition for jobs without GPUs, in which large batches are planned and merged. Not set: where the"
+        " command runs, and in the batch's own job.",
+        None,
+    )
+    cpu_memory: str | None = key("`--mem` of such a job.", None, pattern=r"\d+[KMGT]?")
+    cpu_job_from: int = key("MiB of input from which a batch is large.", 512, minimum=0)
     extra: tuple[str, ...] = key("Further sbatch options, each `--name=value`.", (), pattern=r"--[a-z].*")
 
 

@@ -54,6 +54,8 @@ class BatchPlan:
     """Absolute path of the directory that the batch was planned in, on a file system of all nodes."""
     max_error_rate: float
     """0 to 1: part of the results that may be errors."""
+    merge_apart: bool = False
+    """Another job merges what the batch's own leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

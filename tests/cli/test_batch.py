@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from hpcserve.batch import history
 from hpcserve.batch.__main__ import check
 from hpcserve.batch.begin import BatchRequest, Model, begin
+from hpcserve.batch.journal import Entry, JournalWriter, Kind
 from hpcserve.batch.layout import BatchDir
 from hpcserve.batch.progress import Progress
 from hpcserve.errors import MORE_TO_DO, JobError
@@ -355,6 +357,29 @@ def test_jobs_without_a_result_are_not_repeated_until_the_command_is_given_again
         check(directory)
     assert begin(request, model).resumed
     assert check(directory) == MORE_TO_DO
+
+
+def test_what_is_all_answered_is_merged_without_a_job(user: World) -> None:
+    request = BatchRequest(
+        inputs=("data.jsonl",), output=Path("out"), template=TEMPLATE, sampling={"max_tokens": 6}
+    )
+    model = Model(served_name="tiny", path="org/tiny", revision=None)
+    directory: BatchDir = begin(request, model).directory
+    directory.journals.mkdir()
+    journal = JournalWriter(directory.journals)
+    body = msgspec.json.encode(
+        {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}], "usage": {}}
+    )
+    for item in range(COUNT):
+        journal.append(Entry(item=item, kind=Kind.ANSWER, attempts=1, status=200, body=msgspec.Raw(body)))
+    journal.close()
+    # A job leaves it to the one that merges, if there is one, and loads no model either way.
+    assert check(directory, merge_apart=True) == 0
+    assert not (directory.out / "output.jsonl").exists()
+    answer = user("batch", *PLAIN)
+    assert_complete(user, answer)
+    assert "all rows are answered; merging them" in answer.err
+    assert not list(user.runs.glob("*"))
 
 
 @pytest.mark.parametrize(

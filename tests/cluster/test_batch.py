@@ -171,3 +171,29 @@ def test_a_job_that_is_preempted_loses_nothing(cluster: Testbed, batch: Batch) -
     batch.check_rows()
     assert "PREEMPTED" in cluster.slurm("scontrol", "show", "job", job)
     assert batch.job(second) in {part["slurm_job"] for part in batch.parts if part["how"] == "complete"}
+
+
+@pytest.mark.timeout(400)
+def test_a_large_batch_is_planned_and_merged_in_jobs_without_gpus(cluster: Testbed, batch: Batch) -> None:
+    site = batch.launches.file(
+        "with-cpus.yaml",
+        "extends: test-cluster\nname: with-cpus\nslurm: {cpu_partition: main, cpu_job_from: 0}\n",
+    )
+    [name] = batch.submit(f"--site={site}", "--jobs=1")
+    wait_for(lambda: batch.complete, what="the merge", state=batch.logs)
+    batch.check_rows()
+    wait_for(lambda: no_job(cluster), what="the jobs to end", state=batch.logs)
+    jobs = [dict(field.split("=", 1) for field in job.split() if "=" in field)
+            for job in cluster.slurm("scontrol", "show", "job", "--oneliner").splitlines()]  # fmt: skip
+    mine = {job["JobName"]: job for job in jobs if job["JobName"].startswith(name)}
+    assert set(mine) == {name, f"{name}-plan", f"{name}-merge"}
+    assert all(job["JobState"] == "COMPLETED" for job in mine.values())
+    assert "gres" not in mine[f"{name}-merge"].get("TresPerNode", "")
+    # The batch's own job ended when all was answered.
+    [part] = batch.parts
+    assert part["how"] == "complete"
+    assert mine[name]["EndTime"] <= mine[f"{name}-merge"]["StartTime"]
+    # Nothing is done again, and nothing is left beside the runs.
+    assert json.loads(batch(f"--site={site}").stdout)["state"] == "complete"
+    root = batch.launches.cluster.home(batch.launches.user)
+    assert not list(root.rglob(f".{name}-plan*"))

@@ -1,4 +1,4 @@
-"""A Slurm of five shell scripts: each writes down how it was called and says what it was told to."""
+"""A Slurm of six shell scripts: each writes down how it was called and says what it was told to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
+PROGRAMS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
 
 _STUB = """#!/bin/sh
 here={here}

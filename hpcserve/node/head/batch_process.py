@@ -99,6 +99,7 @@ class BatchProcess:
         command = [
             sys.executable, "-m", "hpcserve.batch", "drive", self._plan.output,
             "--endpoint", str(self._run.endpoint), "--max-error-rate", str(self._plan.max_error_rate),
+            *(["--merge-apart"] if self._plan.merge_apart else []),
         ]  # fmt: skip
         return start_child(command, log, "the batch's driver")
 
