@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config.site import Site
+from ..errors import StorageError
 from ..rundir.atomic import storage_error
 from ..slurm.function_job import FunctionJob, submit
 from ..slurm.scheduler import JobState
 from .begin import BatchRequest, Begun, Model, begin
-from .finish import finish, settle
+from .finish import finish, is_complete, settle
 from .inputs.patterns import find
 from .layout import BatchDir
 from .merge import Unfinished
@@ -84,6 +85,10 @@ def merge_if_answered(directory: BatchDir) -> bool:
     except Unfinished as error:
         print(f"{directory.out}: {error}; the same command goes on")
         return False
+    except StorageError:
+        if is_complete(directory):  # somebody else was quicker, and cleared up
+            return True
+        raise
     print(f"complete: {merged.items:,} rows, {merged.failed:,} of them errors: {merged.output}")
     return True
 

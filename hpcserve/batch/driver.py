@@ -347,6 +347,8 @@ class Driver:
     async def _ask_after_others(self) -> None:
         # In a thread: a Slurm that is slow to answer must not hold up the rows.
         await asyncio.to_thread(self._work.members.refresh)
+        if len(self._work.members.living()) > 1:
+            self._work.tally.look(but=self._work.journal.epoch)
 
     def _look_for_stop(self) -> None:
         if self._work.dir.stop.exists():

@@ -145,8 +145,10 @@ class Progress:
         span = max(now - first[0], 1e-9)
         rows_rate = (self.results - first[1]) / span if now > first[0] else 0.0
         tokens_rate = (tokens - first[2]) / span if now > first[0] else 0.0
-        remaining = self._tokens_left(work, left)
-        eta = remaining / tokens_rate if tokens_rate > 0 else None
+        members = work.members.living()
+        # The others are taken to be as quick as this one.
+        rate = tokens_rate * max(1, len(members))
+        eta = self._tokens_left(work, left) / rate if rate > 0 else None
         walltime = None if end_time is None else max(0.0, end_time - now)
         return {
             "time": round(now, 3),
@@ -169,7 +171,7 @@ class Progress:
             "engines": {
                 role: {"running": load[0], "waiting": load[1]} for role, load in self.engine_load.items()
             },
-            "members": work.members.living(),
+            "members": members,
             "eta_seconds": None if eta is None else round(eta),
             "walltime_left_seconds": None if walltime is None else round(walltime),
             "finishes_in_this_job": None if eta is None or walltime is None else eta < walltime,

@@ -123,7 +123,9 @@ def _carry_out(args: argparse.Namespace, prepared: Prepared, request: BatchReque
         if names:
             say(f"watch it with `hpcserve status {names[0]}`; end it with `hpcserve stop {names[0]}`")
         if args.json:
-            print_json({"state": "submitted", "runs": names, "output": str(begun.directory.out)})
+            merge_job = None if merging is None else merging.job_id
+            out = str(begun.directory.out)
+            print_json({"state": "submitted", "runs": names, "merge_job": merge_job, "output": out})
         return 0
     from .batch_watch import watch, watch_merge
 
@@ -205,6 +207,7 @@ def _check_endpoint(args: argparse.Namespace) -> None:
 
 def _on_endpoint(args: argparse.Namespace) -> int:
     from ..batch.__main__ import drive
+    from ..batch.apart import is_large
     from ..batch.driver import Limits
     from ..batch.sending import Endpoint
     from ..control import endpoint
@@ -216,7 +219,11 @@ def _on_endpoint(args: argparse.Namespace) -> int:
     plan = plan_of(run)
     endpoint(run)
     Endpoint(run.directory.endpoint)  # what is wrong with it is said before anything is written
-    begun = begin_batch(batch_request(args, args.inputs), model_of(plan))
+    request, model = batch_request(args, args.inputs), model_of(plan)
+    if is_large(request, plan.site):
+        begun = begin_apart(request, model, plan, run.directory.path.parent)
+    else:
+        begun = begin_batch(request, model)
     if not begun.complete:
         status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
         if status == MORE_TO_DO:
