@@ -6,6 +6,7 @@ with the differences, for answers to two questions must not be mixed in one file
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
@@ -21,6 +22,9 @@ from .inputs.formats import Format
 from .layout import BatchDir
 
 FORMAT = 1
+_OWN_OUTPUT = (
+    "the pattern takes in what is in the output directory: give another one with -o, or a narrower pattern"
+)
 _AROUND = 30
 """Characters that are shown before a difference in long texts; twice as many follow."""
 
@@ -158,10 +162,14 @@ def check_same(before: Manifest, now: Manifest, directory: BatchDir) -> None:
     """Raises ConfigError with every difference that would mix answers to two questions."""
     found = list(differences(before, now))
     if found:
+        new = {file.path for file in now.files} - {file.path for file in before.files}
+        own = any(os.path.dirname(path) == str(directory.out) for path in new)
         raise ConfigError(
             f"{directory.out} has a batch of another request or input:\n"
             + "\n".join(f"  {one}" for one in found),
-            hint="give the command that began it to go on with it, or another output directory with -o",
+            hint=_OWN_OUTPUT
+            if own
+            else "give the command that began it to go on with it, or another output directory with -o",
         )
 
 

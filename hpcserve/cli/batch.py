@@ -208,6 +208,7 @@ def _check_endpoint(args: argparse.Namespace) -> None:
 def _on_endpoint(args: argparse.Namespace) -> int:
     from ..batch.__main__ import drive
     from ..batch.apart import is_large
+    from ..batch.begin import is_planned
     from ..batch.driver import Limits
     from ..batch.sending import Endpoint
     from ..control import endpoint
@@ -217,17 +218,21 @@ def _on_endpoint(args: argparse.Namespace) -> int:
     _check_endpoint(args)
     run = named_run(args.endpoint)
     plan = plan_of(run)
+    request, model = batch_request(args, args.inputs), model_of(plan)
+    if is_planned(request):
+        # What is answered needs no endpoint any more.
+        begun = begin_batch(request, model)
+        if begun.complete or (begun.answered and _merged(begun)):
+            return completed(begun, as_json=args.json)
     endpoint(run)
     Endpoint(run.directory.endpoint)  # what is wrong with it is said before anything is written
-    request, model = batch_request(args, args.inputs), model_of(plan)
-    if is_large(request, plan.site):
-        begun = begin_apart(request, model, plan, run.directory.path.parent)
-    else:
-        begun = begin_batch(request, model)
-    if not begun.complete:
-        status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
-        if status == MORE_TO_DO:
-            return unfinished(begun, as_json=args.json)
+    if not is_planned(request):
+        large = is_large(request, plan.site)
+        runs = run.directory.path.parent
+        begun = begin_apart(request, model, plan, runs) if large else begin_batch(request, model)
+    status = drive(begun.directory, run.directory.endpoint, Limits(error_rate=args.max_error_rate))
+    if status == MORE_TO_DO:
+        return unfinished(begun, as_json=args.json)
     return completed(begun, as_json=args.json)
 
 

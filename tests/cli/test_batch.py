@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from hpcserve.batch.begin import BatchRequest, Model, begin
 from hpcserve.batch.journal import Entry, JournalWriter, Kind
 from hpcserve.batch.layout import BatchDir
 from hpcserve.batch.progress import Progress
-from hpcserve.errors import MORE_TO_DO, JobError
+from hpcserve.errors import MORE_TO_DO, ConfigError, JobError
 from hpcserve.slurm.local import job_processes
 from tests.patience import DEADLINE
 
@@ -247,6 +248,17 @@ def test_openai_lines_become_openai_files_in_their_order(user: World, run: Path)
     assert [bool(row["error"]) for row in rows] == [number == 7 for number in range(40)]
 
 
+def test_a_batch_that_is_complete_needs_its_endpoint_no_more(user: World, run: Path) -> None:
+    gone = user.home / "gone"
+    shutil.copytree(run, gone)
+    words = ("batch", *PLAIN[1:], "--endpoint")
+    assert user(*words, str(run)).status == 0
+    (gone / "endpoint.json").unlink()
+    assert_complete(user, user(*words, str(gone)))
+    assert user("batch", "data.jsonl", "-o", "other", *PLAIN[4:], "--endpoint", str(gone)).status == 8
+    assert not (user.home / "other").exists()
+
+
 def test_order_of_completion_has_the_same_lines_in_another_order(user: World, run: Path) -> None:
     words = (*PLAIN[1:2], *PLAIN[4:], "--endpoint", str(run), "--format", "openai")
     for order in ("input", "completion"):
@@ -357,6 +369,16 @@ def test_jobs_without_a_result_are_not_repeated_until_the_command_is_given_again
         check(directory)
     assert begin(request, model).resumed
     assert check(directory) == MORE_TO_DO
+
+
+def test_a_pattern_that_takes_in_the_batches_own_output_is_told_so(user: World) -> None:
+    request = BatchRequest(inputs=("*.jsonl",), output=Path(), template=TEMPLATE)
+    model = Model(served_name="tiny", path="org/tiny", revision=None)
+    begin(request, model)
+    written(user.home / "output.jsonl", ROWS)
+    with pytest.raises(ConfigError) as caught:
+        begin(request, model)
+    assert "takes in what is in the output directory" in str(caught.value.hint)
 
 
 def test_what_is_all_answered_is_merged_without_a_job(user: World) -> None:
