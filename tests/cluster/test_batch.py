@@ -179,12 +179,15 @@ def test_a_large_batch_is_planned_and_merged_in_jobs_without_gpus(cluster: Testb
         "with-cpus.yaml",
         "extends: test-cluster\nname: with-cpus\nslurm: {cpu_partition: main, cpu_job_from: 0}\n",
     )
-    [name] = batch.submit(f"--site={site}", "--jobs=1")
+    name = "large"
+    batch.submit(f"--site={site}", f"--name={name}")
     wait_for(lambda: batch.complete, what="the merge", state=batch.logs)
     batch.check_rows()
     wait_for(lambda: no_job(cluster), what="the jobs to end", state=batch.logs)
-    jobs = [dict(field.split("=", 1) for field in job.split() if "=" in field)
-            for job in cluster.slurm("scontrol", "show", "job", "--oneliner").splitlines()]  # fmt: skip
+    jobs = [
+        dict(field.split("=", 1) for field in job.split() if "=" in field)
+        for job in cluster.slurm("scontrol", "show", "job", "--oneliner").splitlines()
+    ]
     mine = {job["JobName"]: job for job in jobs if job["JobName"].startswith(name)}
     assert set(mine) == {name, f"{name}-plan", f"{name}-merge"}
     assert all(job["JobState"] == "COMPLETED" for job in mine.values())
