@@ -35,6 +35,8 @@ RECORD = np.dtype(
 )  # fmt: skip
 """Of the index. `prompt` and `output` are tokens; `crc` is the CRC-32 of what comes before it."""
 Records = npt.NDArray[Any]
+_AT_ONCE = 1 << 18
+"""Records in memory."""
 _RECORD = struct.Struct("<QQIHHII")
 _CRC = struct.Struct("<I")
 _NAME = re.compile(r"(\d{6})\.data")
@@ -153,13 +155,17 @@ class JournalReader:
         """Of the last line that the index names."""
         self._void = _void(directory, epoch)
 
-    def more(self) -> Records:
-        """The records that came since the last call. Raises StorageError."""
+    def more(self) -> Iterator[Records]:
+        """The records that came since the last call, some at a time. Raises StorageError."""
+        while len(found := self._next()):
+            yield self._standing(found)
+
+    def _next(self) -> Records:
         try:
             size = os.stat(self._data).st_size
             with open(self._index, "rb") as file:
                 file.seek(self._read)
-                data = file.read()
+                data = file.read(_AT_ONCE * RECORD.itemsize)
         except FileNotFoundError:
             return np.empty(0, RECORD)  # its writer has just begun
         except OSError as error:
@@ -172,7 +178,7 @@ class JournalReader:
         self._read += len(found) * RECORD.itemsize
         if len(found):
             self._end = int(found["offset"][-1]) + int(found["length"][-1])
-        return self._standing(found)
+        return found
 
     def lost_lines(self) -> Records:
         """Whole lines behind the last that the index names: it was cut, and they were not.

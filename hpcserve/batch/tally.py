@@ -31,7 +31,8 @@ class Tally:
             if epoch != but:
                 first = epoch not in self._readers
                 reader = self._readers.setdefault(epoch, JournalReader(self._directory, epoch))
-                self._take(reader.more())
+                for records in reader.more():
+                    self._take(records)
                 if first:
                     self._take(reader.lost_lines())
 
@@ -97,5 +98,5 @@ class Standing:
 def _all_records(directory: Path) -> Iterator[tuple[int, Records]]:
     for epoch in sorted(epochs(directory)):
         reader = JournalReader(directory, epoch)
-        yield epoch, reader.more()
+        yield from ((epoch, records) for records in reader.more())
         yield epoch, reader.lost_lines()

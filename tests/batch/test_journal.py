@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcserve.batch import disk
+from hpcserve.batch import journal as journal_module
 from hpcserve.batch.journal import (
     RECORD,
     Entry,
@@ -59,7 +60,7 @@ def standing_texts(directory: Path, items: int) -> dict[int, str]:
 def test_what_was_written_is_read_again(tmp_path):
     journal = write(tmp_path, [answer(n, f"été\n{n}") for n in range(50)])
     assert journal.epoch == 1
-    records = JournalReader(tmp_path, 1).more()
+    [records] = JournalReader(tmp_path, 1).more()
     assert records["item"].tolist() == list(range(50))
     assert records["output"].tolist() == [n % 7 for n in range(50)]
     assert standing_texts(tmp_path, 60) == {n: f"été\n{n}" for n in range(50)}
@@ -80,12 +81,32 @@ def test_writers_never_share_a_journal(tmp_path):
 
 def test_a_reader_goes_on_where_it_stopped(tmp_path):
     journal, reader = JournalWriter(tmp_path), JournalReader(tmp_path, 1)
-    assert len(reader.more()) == 0
+    assert not [*reader.more()]
     for item in range(10):
         journal.append(answer(item))
-        assert reader.more()["item"].tolist() == [item]
+        assert [records["item"].tolist() for records in reader.more()] == [[item]]
     assert len(reader.lost_lines()) == 0
     journal.close()
+
+
+def test_a_long_journal_is_read_in_pieces_and_says_the_same(tmp_path, monkeypatch):
+    dice = random.Random(1)
+    for _ in range(3):
+        write(
+            tmp_path,
+            [Entry(item=dice.randrange(30), kind=dice.randrange(3), attempts=n, body=msgspec.Raw(b"{}"))
+             for n in range(60)],
+        )  # fmt: skip
+
+    def read() -> list[list[int]]:
+        standing = Standing(tmp_path, 30)
+        columns = (standing.epoch, standing.offset, standing.length, standing.is_error)
+        return [column.tolist() for column in columns] + [[standing.results]]
+
+    whole = read()
+    monkeypatch.setattr(journal_module, "_AT_ONCE", 7)
+    assert read() == whole
+    assert [len(records) for records in JournalReader(tmp_path, 1).more()] == [7] * 8 + [4]
 
 
 @settings(deadline=None, max_examples=60)
