@@ -1,4 +1,4 @@
-"""SGLang's command line and environment for each role and size; `test_sglang_parser.py` has SGLang read it."""
+"""SGLang's command line and environment by role and size; SGLang reads them in `test_sglang_parser.py`."""
 
 from __future__ import annotations
 
