@@ -7,7 +7,7 @@ and ports are shell variables, and the agent, where they are real.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -112,6 +112,13 @@ class Engine(ABC):
         """The bodies for prefill and decode, each time with a meeting place of their own. `url` and `ports`
         are the prefill replica's."""
         raise NotImplementedError
+
+    def pair_obstacle(self, member: Callable[[str], Any]) -> str | None:
+        """The part of a client's request that a pair can't answer; `member(name)` is one of its members."""
+        return None
+
+    router_members: ClassVar[tuple[str, ...]] = ()
+    """Members of a request that tell a replica whom to connect to: no client may set them."""
 
     # An answer that goes on at another replica. Bodies are decoded; the paths are the engine's own.
 

@@ -8,7 +8,8 @@ there, which writes the KV into its memory. What prefill answers says only that 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from . import causes
@@ -37,6 +38,13 @@ def pair_requests(body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Js
     return {**prefill, **meeting}, {**body, **meeting}
 
 
+def obstacle(member: Callable[[str], Any]) -> str | None:
+    """Probabilities of the prompt's tokens are known to prefill alone (openai/serving_completions.py)."""
+    if member("echo") and member("logprobs") not in (None, False):
+        return "`echo` with `logprobs`"
+    return None
+
+
 def bytes_sent(metrics: str) -> float | None:
     """Sum over the engine's ranks; 0 where nothing was sent, None where these are no metrics of SGLang."""
     total, known = 0.0, False
@@ -53,12 +61,24 @@ class PairEngine(Engine):
     paired = True
     # SGLang's decode replicas count no bytes (observability/req_time_stats.py).
     kv_counted_by = "prefill"
+    # entrypoints/openai/protocol.py, PDRoutingFields. Ranks too: with a wrong one both wait for each other.
+    router_members = (
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "routed_dp_rank",
+        "data_parallel_rank",
+        "disagg_prefill_dp_rank",
+    )
 
     def diagnose(self, log_tail: str, exit_status: int | None) -> Failure:
         return causes.diagnose(log_tail, exit_status)
 
     def pair_requests(self, body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Json, Json]:
         return pair_requests(body, url=url, ports=ports)
+
+    def pair_obstacle(self, member: Callable[[str], Any]) -> str | None:
+        return obstacle(member)
 
     def kv_bytes_received(self, metrics: str) -> float | None:
         return bytes_sent(metrics)
