@@ -40,7 +40,7 @@ def pair_requests(body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Js
 
 def obstacle(member: Callable[[str], Any]) -> str | None:
     """Probabilities of the prompt's tokens are known to prefill alone (openai/serving_completions.py)."""
-    if member("echo") and member("logprobs") not in (None, False):
+    if member("echo") and member("logprobs"):
         return "`echo` with `logprobs`"
     return None
 

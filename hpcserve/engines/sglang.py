@@ -90,7 +90,8 @@ class SGLang(PairEngine):
     key_variable = KEY_VARIABLE
     # /health generates a token, and answers a second later at best (entrypoints/http_server.py).
     health_path = "/ready"
-    shared_ports = frozenset({"dist"})
+    # All ranks of a prefill replica announce themselves to the bootstrap server of its head.
+    shared_ports = frozenset({"dist", BOOTSTRAP_PORT})
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
         """Further nodes of a replica have an HTTP server as well, which tells health and metrics only."""

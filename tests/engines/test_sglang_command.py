@@ -96,6 +96,16 @@ def test_a_replica_over_two_nodes() -> None:
     assert {flag: head[flag] for flag in same} == {flag: other[flag] for flag in same}
 
 
+def test_all_ranks_of_a_prefill_replica_announce_themselves_at_its_head() -> None:
+    """With the same port on both nodes, as the agent takes it over from the head (`shared_ports`)."""
+    head, second = (
+        flags(command(WIDE, site(), replica="prefill-0", nodes=3, node=node).argv) for node in (0, 1)
+    )
+    name = "--disaggregation-bootstrap-port"
+    assert head[name] == second[name]
+    assert "bootstrap" in SGLang.shared_ports
+
+
 def test_an_ipv6_head_is_in_brackets() -> None:
     long = alone(aggregated=tp(8, pipeline_parallel=2))
     made = command(long, site(), replica="aggregated-0", nodes=2, head_address="fd00::1")

@@ -150,6 +150,7 @@ class Prover:
 
     async def _at_once(self, prefill: Target, decode: Target) -> None:
         first, second = self._engine.pair_requests(self._body(), url=prefill.url, ports=prefill.ports)
+        why: list[str] = []
         try:
             async with asyncio.TaskGroup() as legs:
                 # What prefill answers need not be a text: that it does is what counts.
@@ -157,7 +158,9 @@ class Prover:
                 legs.create_task(self._calls.json("POST", url, first, seconds=_REQUEST_TIMEOUT))
                 legs.create_task(self._complete(decode.url, second))
         except* CallFailed as failed:
-            raise CallFailed("; ".join(map(str, failed.exceptions))) from None
+            why += map(str, failed.exceptions)
+        if why:
+            raise CallFailed("; ".join(why))
 
     async def _received(self, target: Target) -> float | None:
         status, data = await self._calls.fetch(
