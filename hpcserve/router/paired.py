@@ -17,7 +17,6 @@ from ..engines.base import Engine
 from ..http.errors import HttpError
 from ..http.response import UpstreamResponse
 from .call import Call
-from .config import RouterConfig
 from .demand import Demand
 from .legs import (
     FAILED,
@@ -62,9 +61,7 @@ class _Heard:
 class Pairs:
     """Runs requests over a prefill and a decode worker at once."""
 
-    def __init__(
-        self, config: RouterConfig, legs: Legs, engine: Engine, metrics: Metrics, placer: Placer
-    ) -> None:
+    def __init__(self, legs: Legs, engine: Engine, metrics: Metrics, placer: Placer) -> None:
         self._legs = legs
         self._engine = engine
         self._metrics = metrics
@@ -124,9 +121,8 @@ class Pairs:
                 elif decision.prefill is not None:
                     # It answers, and says that the KV did not pass: either of the two may be why.
                     doubted |= {decision.prefill, decision.answering}
-                continue
-            self._metrics.kv_legs.add(("result", "transferred"))
-            return decision
+            else:
+                return decision
         if failure is not None:
             raise failure.http_error()
         raise no_worker("decode" if call.serving.with_role("prefill") else "prefill")
@@ -152,11 +148,8 @@ class Pairs:
         assert worker is not None, "a pair was asked for"
         requests = self._engine.pair_requests(body, url=worker.url, ports=worker.ports)
         prefill_body, decode_body = map(msgspec.json.encode, requests)
-        patience, answer, heard = (
-            self._legs.first_byte_timeout,
-            Collected(_PREFILL_ANSWER_MAX),
-            _Heard(delivery),
-        )
+        patience = self._legs.first_byte_timeout
+        answer, heard = Collected(_PREFILL_ANSWER_MAX), _Heard(delivery)
         prefill = asyncio.create_task(
             self._legs.send(
                 replace(whole, body=prefill_body), worker, decision, answer,
@@ -177,13 +170,15 @@ class Pairs:
                 if not delivery.started and not (decode.done() and decode.exception() is None):
                     _check(prefill, answer)
                 await decode
+            else:
+                decode.result()
+            if heard.status >= 400:
+                # A refusal: prefill may wait for a partner that won't come.
                 return
-            decode.result()
-            # After a refusal prefill would wait for a partner that won't come.
-            if heard.status < 400:
-                # The client has its answer, and may leave.
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait((prefill,))
+            self._metrics.kv_legs.add(("result", "transferred"))
+            # The client has its answer, and may leave.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((prefill,))
         finally:
             for leg in (prefill, decode):
                 leg.cancel()

@@ -66,7 +66,7 @@ class Runner:
         self._on_prompt_ids = on_prompt_ids
         self.legs = Legs(config, pool, metrics, suspect, placer)
         self._two_legs: TwoLegs | Pairs = (
-            Pairs(config, self.legs, engine, metrics, placer)
+            Pairs(self.legs, engine, metrics, placer)
             if engine.paired
             else TwoLegs(config, table, self.legs, engine, metrics, placer)
         )

@@ -10,6 +10,7 @@ these tests.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -55,6 +56,28 @@ print("READ" + json.dumps({
     "version": __version__, "read": read, "leaks": "the-key" in shown, "sends": f"Bearer {args.api_key}",
     "flags": sorted(flag for action in parser._actions for flag in action.option_strings),
 }, default=str))
+"""
+
+
+# The module of the HTTP server needs torchvision and more; what is wanted of it is looked for in its source.
+START = """
+import json, os, sys, types
+sys.path.append(sys.argv[1])
+server = types.ModuleType("sglang.srt.entrypoints.http_server")
+guards = []
+server.app = types.SimpleNamespace(add_middleware=guards.append)
+sys.modules[server.__name__] = server
+from sglang import launch_server
+from hpcserve.engines import sglang_server
+
+def run(server_args):
+    print("RAN" + json.dumps({
+        "key": f"{server_args.api_key}", "model": server_args.model_path, "shown": repr(server_args),
+        "guards": [guard.__name__ for guard in guards], "rust": os.environ.get("SGLANG_RUST_SERVER"),
+    }))
+
+launch_server.run_server = run
+sglang_server.main(json.load(sys.stdin))
 """
 
 
@@ -153,6 +176,27 @@ def test_reserved_flags_are_flags() -> None:
     from hpcserve.engines.sglang import RESERVED
 
     assert {f"--{name}" for name in RESERVED} <= set(read()["flags"])
+
+
+def test_it_is_started_with_the_key_behind_the_guard() -> None:
+    """By our module, with SGLang's own start up to where it would load a model."""
+    made = command(model(engine="sglang"), site(), replica="aggregated-0")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", START, str(FOLDER)],
+        input=json.dumps(list(made.argv[3:])),
+        env={**os.environ, "SGLANG_API_KEY": "the-key", "SGLANG_RUST_SERVER": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RAN")]
+    ran = json.loads(line.removeprefix("RAN"))
+    assert (ran["key"], ran["model"], ran["rust"]) == ("the-key", "/models/llama", None)
+    assert ran["guards"] == ["JobKeyGuard"]
+    assert "the-key" not in ran["shown"] + done.stderr
+    source = ast.parse((FOLDER / "sglang/srt/entrypoints/http_server.py").read_text(encoding="utf-8"))
+    assert "app = FastAPI(" in [ast.unparse(node)[:14] for node in source.body]
 
 
 def test_the_key_is_sent_and_not_shown() -> None:

@@ -186,6 +186,7 @@ async def test_what_decode_refuses_ends_the_prefill_leg(start_pairs):
     status, _, data = await bench.ask("/v1/completions", ASK)
     assert (status, msgspec.json.decode(data)["error"]["message"]) == (400, "max_tokens is odd")
     await until(lambda: not bench["prefill-0"].running, "the prefill leg to end")
+    assert bench.metric('hpcserve_router_kv_legs_total{result="transferred"}') == 0
 
 
 async def test_all_pairs_failing_is_an_error_with_sglangs_reason(start_pairs):
