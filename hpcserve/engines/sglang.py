@@ -42,6 +42,8 @@ RESERVED: Mapping[str, str] = {
     "sidecar": _UNGUARDED,
     "use-ray": _UNGUARDED,
     "encoder-only": _UNGUARDED,
+    "language-only": _UNGUARDED,
+    "gated-launch-port": "engines start at once: nobody would open the gate",
     "tokenizer-worker-num": "SGLang knows no key with several tokenizer processes",
     "config": "write the file's settings into `engine_args`",
     "nnodes": _SIZES,

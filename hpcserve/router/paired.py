@@ -18,6 +18,7 @@ from ..http.errors import HttpError
 from ..http.response import UpstreamResponse
 from .call import Call
 from .demand import Demand
+from .disaggregated import PREFILL_ANSWER_MAX
 from .legs import (
     FAILED,
     PREFILL_FAILED,
@@ -34,8 +35,6 @@ from .placement.decision import Decision
 from .placement.placer import Placer
 from .stream.asked import Fields, value
 from .workers import Worker
-
-_PREFILL_ANSWER_MAX = 64 * 1024 * 1024
 
 
 class _Heard:
@@ -149,7 +148,7 @@ class Pairs:
         requests = self._engine.pair_requests(body, url=worker.url, ports=worker.ports)
         prefill_body, decode_body = map(msgspec.json.encode, requests)
         patience = self._legs.first_byte_timeout
-        answer, heard = Collected(_PREFILL_ANSWER_MAX), _Heard(delivery)
+        answer, heard = Collected(PREFILL_ANSWER_MAX), _Heard(delivery)
         prefill = asyncio.create_task(
             self._legs.send(
                 replace(whole, body=prefill_body), worker, decision, answer,
