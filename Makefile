@@ -3,12 +3,13 @@
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+SGLANG := .sglang
 # Prefer the system's Python: other users of the machine (the test cluster's, for one) can read it.
 PYTHON ?= $(shell /usr/bin/python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo /usr/bin/python3 || echo python3)
 DEMO := .demo
 
-.PHONY: help venv clients demo test test-clients check docs golden system clean
+.PHONY: help venv clients sglang demo test test-clients check docs golden system clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,15 @@ $(CLIENTS)/bin/lm_eval: pyproject.toml
 	$(CLIENTS)/bin/pip install --quiet --group clients
 	touch $@
 
+sglang: $(SGLANG)/sglang/version.py ## Make .sglang with SGLang's wheel alone, whose parser reads every command line that is made for it
+
+# Without its dependencies, which are several GB for GPUs: its parser does with what vLLM has pulled in,
+# and three packages that are in the same group.
+$(SGLANG)/sglang/version.py: $(BIN)/hpcserve pyproject.toml
+	rm -rf $(SGLANG)
+	$(BIN)/pip install --quiet --no-deps --target $(SGLANG) --group sglang-flags
+	touch $@
+
 demo: venv ## One prefill and one decode vLLM on this machine's CPU, one question, and the way it went
 	$(BIN)/python demo/demo.py --model $(DEMO)/SmolLM2-135M-Instruct
 
@@ -49,7 +59,7 @@ system:
 	fi
 
 test: system ## Lint, types, unit tests, and (as root on Debian) the tests on a real Slurm cluster
-	$(MAKE) venv
+	$(MAKE) venv sglang
 	$(MAKE) check
 	$(BIN)/pytest
 
@@ -71,4 +81,4 @@ golden: venv ## Write the job scripts under sbatch/ again
 	$(BIN)/python -m tests.render.golden --write
 
 clean: ## Remove what make made
-	rm -rf $(VENV) $(CLIENTS) $(DEMO) build dist
+	rm -rf $(VENV) $(CLIENTS) $(SGLANG) $(DEMO) build dist

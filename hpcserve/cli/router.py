@@ -37,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("vllm", "fake"),
+        choices=("vllm", "sglang", "fake"),
         default="vllm",
         help="what they are (default: %(default)s)",
     )

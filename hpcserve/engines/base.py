@@ -7,9 +7,9 @@ and ports are shell variables, and the agent, where they are real.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:  # the fake engine starts 64 times on one machine and needs no plan
     from ..plan.plan import Plan, ReplicaPlan
@@ -94,15 +94,31 @@ class Engine(ABC):
     def diagnose(self, log_tail: str, exit_status: int | None) -> Failure:
         """Why the engine died, from its last log lines. `exit_status` is negative for a signal."""
 
-    # The two-leg protocol: prompt on a prefill replica, answer on a decode replica.
+    # The two-leg protocol: prompt on a prefill replica, answer on a decode replica. Either one leg after the
+    # other, or, where `paired`, both at once.
 
-    @abstractmethod
+    paired: ClassVar[bool] = False
+    """Both legs are sent at once, and the replicas find each other. Decode replicas compute no prompts."""
+
     def prefill_request(self, body: Json) -> Json:
         """The body for the prefill leg of a client's request."""
+        raise NotImplementedError
 
-    @abstractmethod
     def decode_request(self, body: Json, prefill_response: Json) -> Json:
         """The body for the decode leg. Raises KeyError when the prefill leg kept no KV blocks."""
+        raise NotImplementedError
+
+    def pair_requests(self, body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Json, Json]:
+        """The bodies for prefill and decode, each time with a meeting place of their own. `url` and `ports`
+        are the prefill replica's."""
+        raise NotImplementedError
+
+    def pair_obstacle(self, member: Callable[[str], Any]) -> str | None:
+        """The part of a client's request that a pair can't answer; `member(name)` is one of its members."""
+        return None
+
+    router_members: ClassVar[tuple[str, ...]] = ()
+    """Members of a request that tell a replica whom to connect to: no client may set them."""
 
     # An answer that goes on at another replica. Bodies are decoded; the paths are the engine's own.
 
@@ -134,6 +150,10 @@ class Engine(ABC):
         """Where this replica's KV events are read, by data-parallel rank; () where it publishes none."""
         return ()
 
+    kv_counted_by: ClassVar[Literal["prefill", "decode"]] = "decode"
+    """Whose metrics tell how much KV has passed."""
+
     @abstractmethod
     def kv_bytes_received(self, metrics: str) -> float | None:
-        """Bytes of KV this engine has pulled so far, from its /metrics text; None if it can't tell."""
+        """Bytes of KV that decode replicas have so far from, or by, the one whose /metrics text this is
+        (`kv_counted_by`); None if it can't tell."""

@@ -1,6 +1,6 @@
 """Why an engine died, from the last lines of its log.
 
-Patterns are texts of vLLM 0.32, PyTorch, Python, huggingface_hub and NIXL 1.5; the first that
+Patterns are texts of vLLM 0.32, SGLang 0.5.23, PyTorch, Python, huggingface_hub and NIXL 1.5; the first that
 matches anywhere in the tail decides, so they go from the certain to the vague.
 """
 
@@ -36,7 +36,7 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "port-taken",
-        r"EADDRINUSE|address already in use|errno 98\b",
+        r"EADDRINUSE|address already in use|errno 98\b|port\w* at \d+ is not available in \d+ seconds",
         "another process took the port first; the engine is started again on another one",
         retry=True,
     ),
@@ -44,6 +44,12 @@ CAUSES: tuple[Cause, ...] = (
         "disk-full",
         r"no space left on device|ENOSPC|errno 28\b|disk quota exceeded|errno 122\b",
         "free space on that file system, or point `storage.node_local` of the site at another",
+    ),
+    _cause(
+        "out-of-memory",
+        r"Not enough memory\. Please try to increase --mem-fraction-static"
+        r"|Capture cuda graph failed: .*out of memory",
+        "raise `tensor_parallel`, lower `max_model_len`, or set `mem-fraction-static` in `engine_args`",
     ),
     _cause(
         "out-of-memory",
@@ -63,7 +69,7 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "nixl",
-        r"NIXL is not available|No module named 'nixl|NIXL compatibility hash mismatch"
+        r"NIXL is not available|Please install NIXL|No module named 'nixl|NIXL compatibility hash mismatch"
         r"|NixlHandshakePayload|NixlAgentMetadata|nixl\w*Error|NIXL_ERR_\w+"
         r"|Remote NIXL agent engine ID mismatch|Cannot find .*backend UCX|\bucp_\w+.* failed"
         r"|kv_buffer is not supported",

@@ -13,6 +13,7 @@ from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
 
 _OURS = "hpcserve sets it from the plan"
+_DIALECT = "a run of the fake engine speaks vLLM's protocols; SGLang's are for tests of the router"
 RESERVED: Mapping[str, str] = {
     "model": "use the top-level key `model`",
     "served-model-name": "use the top-level key `served_name`",
@@ -21,6 +22,9 @@ RESERVED: Mapping[str, str] = {
     "port": _OURS,
     "role": _OURS,
     "side-channel-port": _OURS,
+    "dialect": _DIALECT,
+    "bootstrap-port": _DIALECT,
+    "bootstrap-timeout": _DIALECT,
     "kv-lease": "use the top-level key `kv_lease`",
     "shutdown-timeout": "it follows from `slurm.kill_wait` of the site; see also the top-level key `drain`",
 }

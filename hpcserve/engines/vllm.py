@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config.model import RoleSpec
-from ..errors import ConfigError
 from ..plan.plan import ReplicaPlan
-from . import arguments
+from . import arguments, variables
 from .base import EngineCommand, EngineContext
 from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
@@ -116,7 +114,7 @@ class VLLM(NixlEngine):
     def kv_event_endpoints(self, context: EngineContext) -> tuple[endpoints.EventEndpoint, ...]:
         """() as well where `engine_args` say themselves what becomes of the events."""
         args = arguments.merge(
-            context.replica.role, context.plan.model.engine_args, _role(context).engine_args
+            context.replica.role, context.plan.model.engine_args, variables.pool(context).engine_args
         )
         if any(name.split(".", 1)[0] == "kv-events-config" for name in args):
             return ()
@@ -143,7 +141,7 @@ def _program(context: EngineContext) -> list[str]:
 
 def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     plan, ports = context.plan, context.ports
-    args = arguments.merge(context.replica.role, plan.model.engine_args, _role(context).engine_args)
+    args = arguments.merge(context.replica.role, plan.model.engine_args, variables.pool(context).engine_args)
     arguments.refuse(args, RESERVED, "vLLM")
     yield from ("--served-model-name", plan.served_name)
     if context.node == 0:
@@ -202,49 +200,16 @@ def _transfer(context: EngineContext) -> dict[str, Any]:
 
 def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
-    plan, scratch = context.plan, context.scratch
-    env = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": f"{scratch}/vllm",
-        "TRITON_CACHE_DIR": f"{scratch}/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
-        "FLASHINFER_WORKSPACE_BASE": scratch,
-        "PYTHONUNBUFFERED": "1",
-    }
-    if not plan.site.node.internet:
-        env["HF_HUB_OFFLINE"] = "1"
-    if plan.device == "cpu":
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": f"{context.scratch}/vllm"}
+    if context.plan.device == "cpu":
         env |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_GIB)}
         if context.cpus:
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, context.cpus))
-    interface = plan.site.network.control_interface
-    if interface is not None and len(context.replica.nodes) > 1:
-        env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-    env |= {**context.fabric_env, **plan.site.network.env}
-    env |= _given(context)
+    env |= variables.common(context)
+    env |= variables.given(context, OWN_VARIABLES)
     env["VLLM_HOST_IP"] = context.address
-    if plan.device == "cuda":
-        names = context.gpu_names or tuple(map(str, range(plan.slots_per_node)))
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[gpu] for gpu in context.replica.gpus)
+    env |= variables.visible_gpus(context)
     if context.replica.role != "aggregated":
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = context.address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = context.ports["side_channel"]
     return env
-
-
-def _given(context: EngineContext) -> dict[str, str]:
-    """`env` of model.yaml, the pool's over the common one."""
-    given: dict[str, str] = {}
-    for where, env in (("env", context.plan.model.env), (f"{context.replica.role}.env", _role(context).env)):
-        for name, value in env.items():
-            if name in OWN_VARIABLES:
-                raise ConfigError(
-                    f"{where}.{name}: hpcserve sets this variable for each engine itself",
-                    hint=f"remove it from `{where}` in model.yaml",
-                )
-            given[name] = value
-    return given
-
-
-def _role(context: EngineContext) -> RoleSpec:
-    return getattr(context.plan.model, context.replica.role) or RoleSpec()

@@ -1,44 +1,14 @@
-"""Runs inside vLLM: asks for the job key on every path.
+"""Runs inside vLLM, started by `--middleware hpcserve.engines.vllm_guard.JobKeyGuard`.
 
-vLLM's own `--api-key` leaves /metrics, /tokenize, /health and others open; on a shared cluster
-anybody can reach them. Started by `--middleware hpcserve.engines.vllm_guard.JobKeyGuard`.
+vLLM's own `--api-key` leaves /metrics, /tokenize, /health and others open.
 """
 
 from __future__ import annotations
 
-import hmac
-import os
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_BODY = b'{"error":{"message":"the job key is missing or wrong","type":"invalid_request_error","code":401}}'
+from .key_guard import KeyGuard
 
 
-class JobKeyGuard:
-    """ASGI middleware: 401 without `Authorization: Bearer $VLLM_API_KEY`. No key, no server."""
+class JobKeyGuard(KeyGuard):
+    """Asks for `$VLLM_API_KEY` on every path."""
 
-    def __init__(self, app: App) -> None:
-        key = os.environ.get("VLLM_API_KEY")
-        if not key:
-            raise RuntimeError("VLLM_API_KEY is not set, so this engine would answer to anybody")
-        self._app = app
-        self._expected = b"Bearer " + key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._allowed(scope):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(_BODY)).encode())]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": _BODY})
-
-    def _allowed(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+    variable = "VLLM_API_KEY"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..config.model import ModelSpec
 from ..config.site import Site
 from ..errors import PlanError
+from .abilities import ABILITIES
 from .explain import duration
 
 
@@ -60,7 +61,7 @@ def check_walltime(site: Site, model: ModelSpec, walltime: int, where: str) -> N
 
 def check_kv_path(site: Site, engine: str, nodes: int) -> None:
     """Prefill and decode on different nodes need a fabric that the engine's transfers can use."""
-    if nodes > 1 and engine == "vllm" and site.network.kind == "slingshot":
+    if nodes > 1 and ABILITIES[engine].nixl and site.network.kind == "slingshot":
         raise PlanError(
             f"site {site.name} has a Slingshot network, and NIXL's UCX can't use it: "
             "KV blocks would not reach the decode nodes",

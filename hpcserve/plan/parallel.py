@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..config.model import Role, RoleSpec
 from ..errors import PlanError
+from .abilities import ABILITIES
 from .explain import Notes, count
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
     """A replica is part of a node, or a whole number of whole nodes."""
     if shape.width <= machine.slots:
         return
-    if machine.engine != "vllm":
+    if not ABILITIES[machine.engine].spans_nodes:
         raise PlanError(
             f"{role}: {shape.formula()} needs {shape.width} GPUs, but engine {machine.engine} "
             f"runs inside one node, which has {machine.slots}",
@@ -205,7 +206,12 @@ def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
 
 def _check_memory(role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine) -> None:
     weights = facts.weight_bytes if facts is not None else None
-    if not weights or machine.gpu_bytes is None or machine.device == "cpu" or machine.engine == "fake":
+    if (
+        not weights
+        or machine.gpu_bytes is None
+        or machine.device == "cpu"
+        or not ABILITIES[machine.engine].weights
+    ):
         return
     room = TIGHT * machine.gpu_bytes
     if weights / shape.weight_shards <= room:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..config.model import Role, RoleSpec
 from ..config.site import Site
 from ..errors import PlanError
+from .abilities import ABILITIES
 from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_walltime
 from .parallel import GIB, Machine, Shape, choose_shape
@@ -231,14 +232,19 @@ def _partner(role: Role, roles: dict[Role, RoleSpec]) -> int | None:
 
 
 def _check_pair(engine: str, shapes: dict[Role, Shape]) -> None:
-    """What NIXL between two vLLM engines can't do (vLLM 0.32)."""
-    prefill, decode = shapes["prefill"], shapes["decode"]
-    if engine != "vllm":
+    """What NIXL between two engines can't do."""
+    prefill, decode, able = shapes["prefill"], shapes["decode"], ABILITIES[engine]
+    if not able.nixl:
         return
-    if decode.pipeline > 1:
+    if decode.pipeline > 1 and not (able.staged_decode and decode.pipeline == prefill.pipeline):
+        several = (
+            "another number of pipeline stages than prefill"
+            if able.staged_decode
+            else ("more than one pipeline stage")
+        )
         raise PlanError(
-            f"decode.pipeline_parallel is {decode.pipeline}, but vLLM's NIXL connector "
-            "can't receive KV blocks with more than one pipeline stage",
+            f"decode.pipeline_parallel is {decode.pipeline}, but {able.title}'s NIXL connector "
+            f"can't receive KV blocks with {several}",
             hint="use `decode: {pipeline_parallel: 1}` and a larger tensor_parallel",
         )
     small, large = sorted((prefill.tensor, decode.tensor))

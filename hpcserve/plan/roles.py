@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..config.model import Role, RoleSpec
 from ..errors import PlanError
+from .abilities import ABILITIES
 from .explain import Notes, count
 from .parallel import Machine, Shape
 from .ratio import Share, split_nodes
@@ -37,7 +38,7 @@ def choose_roles(request: PlanRequest, notes: Notes) -> dict[Role, RoleSpec]:
         nodes = request.nodes or model.nodes or 1
         if nodes == 1:
             reason = "one node: write `prefill: {}` in model.yaml to split its GPUs"
-        elif request.site.network.kind == "slingshot" and model.engine == "vllm":
+        elif request.site.network.kind == "slingshot" and ABILITIES[model.engine].nixl:
             reason = "NIXL's UCX can't use a Slingshot network between nodes"
         else:
             notes.derived("roles", "prefill, decode", f"{nodes} nodes are enough to have some of each")

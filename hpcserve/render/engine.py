@@ -13,7 +13,7 @@ from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC)_PORT)\b"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
 Placed = tuple[ReplicaPlan, int, EngineCommand]

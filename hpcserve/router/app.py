@@ -90,8 +90,8 @@ class Router:
         self._holders = Holders(self.pool, config.job_key)
         self.own = Own(self, others)
         self._batches = Batches(config.batch_api, self.pool, config.served_name)
-        self.placer = Placer(config.policy, self.residency)
         self.engine = engines.get(config.engine)
+        self.placer = Placer(config.policy, self.residency, pairs_only=self.engine.paired)
         self.runner = Runner(
             config, self.table, self.pool, self.placer, self.engine, self.metrics, on_suspect,
             on_prompt_ids=self.learning.put,
@@ -277,7 +277,7 @@ class Router:
         model: Any = None
         if fields is not None:
             model, streams = calls.value(fields, "model"), bool(calls.value(fields, "stream"))
-            calls.refuse_transfers(fields)
+            calls.refuse_transfers(fields, self.engine.router_members)
         elif route.body == "multipart":
             kind = exchange.header(b"content-type") or b""
             model = form.field(body, kind, b"model")
@@ -304,13 +304,14 @@ class Router:
         roles can't do."""
         route = call.route
         if call.serving.disaggregated:
-            if route.disaggregated == "never":
+            alone = route.disaggregated == "decode" and route.computes_prompt
+            if route.disaggregated == "never" or (alone and self.engine.paired):
                 raise HttpError(
                     404,
                     f"this run has prefill and decode replicas, and {route.path} needs aggregated ones",
                     code="not_available",
                 )
-            if route.disaggregated == "decode" and route.computes_prompt:
+            if alone:
                 call.warnings.append("this route runs on one replica; the decode replica computed the prompt")
                 self.metrics.kv_legs.add(("result", "local"), ("reason", "route"))
         if route.kind == "held":

@@ -204,13 +204,19 @@ def value(given: Raw | None, name: str) -> Any:
         raise HttpError(400, f"{name!r} in the request body is not valid: {error}") from None
 
 
-def refuse_transfers(given: Raw | None) -> None:
+def refuse_transfers(given: Raw | None, members: Collection[str] = ()) -> None:
     """Raises HttpError 400 for a body that says itself where KV blocks are: an engine connects to whatever
-    address it is given there, and vLLM 0.32's engine core dies of a value that is no object.
+    address it is given there, and vLLM 0.32's engine core dies of a value that is no object. `members` are
+    the engine's own names for that.
 
     vLLM hands the members of `vllm_xargs` to its connectors like its own.
     """
-    if given is None or _TRANSFER_MEMBERS.isdisjoint(given):
+    if given is None:
+        return
+    for name in members:
+        if value(given, name) is not None:
+            raise HttpError(400, f"`{name}` is set by the router; leave it out")
+    if _TRANSFER_MEMBERS.isdisjoint(given):
         return
     extra = value(given, "vllm_xargs")
     for name in _TRANSFERS:

@@ -24,6 +24,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     role: Role
     url: str
     """`http://HOST:PORT`, without a path."""
+    ports: Mapping[str, int] = {}
+    """Its engine's ports by name, as in `Engine.ports()`."""
     generation: int = 0
     """Grows at each start of the engine."""
     slot: int | None = None

@@ -216,8 +216,10 @@ def refusal(status: int, body: bytes) -> str:
     if status == 401:
         return "the engine answered 401: it does not take this run's job key"
     try:
-        said = msgspec.json.decode(body)["error"]["message"]
-    except (msgspec.DecodeError, UnicodeDecodeError, TypeError, KeyError):
+        told = msgspec.json.decode(body)
+        # vLLM's errors are members of `error`; SGLang's of the body (openai/serving_base.py).
+        said = told.get("error", told)["message"]
+    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, TypeError, KeyError):
         return f"the engine answered {status}"
     return f"the engine answered {status}: {str(said)[:300]}"
 

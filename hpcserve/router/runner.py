@@ -24,11 +24,12 @@ from .legs import Delivery, LegFailure, Legs, Request, no_worker
 from .metrics import Metrics
 from .migration.migrator import Attempt, Migrator
 from .migration.resumed import Client
+from .paired import Pairs
 from .placement.decision import Decision
 from .placement.placer import Placer
 from .relay import ClientDelivery, PromptIds
 from .stall import StallWatch
-from .stream.asked import Asked, Fields, ask, splice, value
+from .stream.asked import Asked, Fields, ask, count, splice, value
 from .workers import Worker, WorkerTable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -64,7 +65,11 @@ class Runner:
         self._metrics = metrics
         self._on_prompt_ids = on_prompt_ids
         self.legs = Legs(config, pool, metrics, suspect, placer)
-        self._two_legs = TwoLegs(config, table, self.legs, engine, metrics, placer)
+        self._two_legs: TwoLegs | Pairs = (
+            Pairs(self.legs, engine, metrics, placer)
+            if engine.paired
+            else TwoLegs(config, table, self.legs, engine, metrics, placer)
+        )
         self._migrator = Migrator(engine, pool, metrics, config.job_key)
         self._stall = StallWatch(table, pool, engine, config.job_key, suspect)
         self._prompts = 0
@@ -189,8 +194,8 @@ class Runner:
             kept += size
             return size > 0
 
-        if call.streams and self._engine.can_resume:
-            asked = ask(body)
+        if call.streams:
+            asked = ask(body) if self._engine.can_resume else count(body)
             delivery.expect(asked, keep)
         attempt = partial(self._attempt, call, request_id)
         try:
@@ -202,7 +207,7 @@ class Runner:
                 body = body if asked is None else {**body, **asked.added}
                 await self._one_leg(call, call.exchange.target, raw, demand, delivery, ())
         except LegFailure as failure:
-            if asked is None:
+            if asked is None or not self._engine.can_resume:
                 raise
             await self._migrate(call, body, demand, delivery, asked, failure, attempt)
         finally:

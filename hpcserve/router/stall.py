@@ -53,6 +53,7 @@ class StallWatch:
         self._table = table
         self._pool = pool
         self._path = engine.health_path
+        self._paired = engine.paired
         self._headers: list[Header] = []
         if job_key is not None:
             self._headers.append((b"authorization", b"Bearer " + job_key.encode()))
@@ -125,7 +126,7 @@ class StallWatch:
     def _others(self, worker: Worker) -> bool:
         """Another one could do its work, and is not suspected itself."""
         same = self._table.with_role(worker.role)
-        deputies = self._table.with_role("decode") if worker.role == "prefill" else []
+        deputies = self._table.with_role("decode") if worker.role == "prefill" and not self._paired else []
         return any(other is not worker and other not in self._asking for other in (*same, *deputies))
 
     async def _dead(self, worker: Worker) -> str | None:

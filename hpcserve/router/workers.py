@@ -48,14 +48,16 @@ class Worker:
     """One generation of one replica. A restarted engine is a new Worker."""
 
     __slots__ = (
-        "breaker", "domain", "facts", "generation", "gone", "leases", "load", "models", "name", "queue",
-        "rates", "role", "slot", "url",
+        "breaker", "domain", "facts", "generation", "gone", "leases", "load", "models", "name", "ports",
+        "queue", "rates", "role", "slot", "url",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, board: Board | None = None) -> None:
         self.name = spec.name
         self.role: Role = spec.role
         self.url = spec.url.rstrip("/")
+        self.ports = spec.ports
+        """Its engine's ports by name, where the head knows them."""
         self.generation = spec.generation
         self.slot = spec.slot
         """Its place on the board; None: known to this process alone."""
@@ -216,6 +218,7 @@ class WorkerTable:
                 if worker.role == "prefill" and last < spec.generation:
                     worker.breaker.probation(asyncio.get_running_loop().time())
             self._workers[name].models = spec.models
+            self._workers[name].ports = spec.ports
             self._generations[name] = spec.generation
         for role in ROLES:
             self._by_role[role] = [w for w in self._workers.values() if w.role == role]

@@ -49,6 +49,13 @@ def test_a_ready_engine_takes_requests_only_after_its_proof() -> None:
     assert seen.unproven(2) == ()
 
 
+def test_the_router_is_told_the_ports_of_each_start() -> None:
+    seen = registry()
+    seen.heartbeat(beat(0, "prefill-0", "ready", ports={"http": 1, "bootstrap": 8998}), 0)
+    seen.prove("prefill-0", 1)
+    assert [dict(worker.ports) for worker in seen.workers()] == [{"http": 1, "bootstrap": 8998}]
+
+
 def test_the_router_is_told_where_a_worker_is() -> None:
     plain = registry().ranks
     ranks = (replace(plain[0], nvlink_domain="rack.1", leaf_switch="s1"), replace(plain[1], leaf_switch="s1"))

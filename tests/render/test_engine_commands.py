@@ -28,6 +28,22 @@ def test_one_command_per_process_of_a_replica() -> None:
     assert "--headless" in made[1][2].argv
 
 
+def test_every_port_of_sglang_is_a_variable() -> None:
+    role = RoleSpec(tensor_parallel=16)
+    model = ModelSpec(
+        model="/m", engine="sglang", prefill=role, decode=RoleSpec(tensor_parallel=8),
+    )  # fmt: skip
+    text = render_commands(plan(dgx(), model=model, nodes=3))
+    for words in (
+        '--dist-init-addr "$ADDRESS:$DIST_PORT"',
+        '--dist-init-addr "$HEAD_ADDRESS:$DIST_PORT"',
+        '--disaggregation-bootstrap-port "$BOOTSTRAP_PORT"',
+        '--nccl-port "$NCCL_PORT"',
+        "SGLANG_API_KEY  the job key",
+    ):
+        assert words in text
+
+
 def test_a_forbidden_flag_is_found_before_anything_is_submitted() -> None:
     with pytest.raises(ConfigError, match=r"engine_args\.port"):
         engine_commands(plan(dgx(), model=pair(engine_args={"port": 1}), nodes=2))

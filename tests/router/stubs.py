@@ -75,6 +75,7 @@ class Stub:
         self.running = 0
         self.behave: Callable[[Exchange, Seen], Awaitable[bool]] | None = None
         self.gap = 0.0
+        self.ports: dict[str, int] = {}
         self.server: Server | None = None
         self.kv: Json | None = {"remote_engine_id": name, "tp_size": 1, "unknown": [[1, 2], [3]]}
 
@@ -86,7 +87,7 @@ class Stub:
     def spec(self) -> WorkerSpec:
         assert self.server is not None
         url = f"http://127.0.0.1:{self.server.port}"
-        return WorkerSpec(name=self.name, role=self.role, url=url)  # type: ignore[arg-type]
+        return WorkerSpec(name=self.name, role=self.role, url=url, ports=self.ports)  # type: ignore[arg-type]
 
     async def stop(self) -> None:
         assert self.server is not None

@@ -19,20 +19,23 @@ _encode = msgspec.json.Encoder().encode
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-def internal_error() -> RequestError:
-    """What vLLM answers when KV blocks did not arrive and may not be recomputed."""
-    return RequestError("Internal server error", status=500, kind="InternalServerError")
+def internal_error(told: str | None) -> RequestError:
+    """What is answered when KV blocks did not arrive and may not be recomputed: vLLM does not say why."""
+    return RequestError(told or "Internal server error", status=500, kind="InternalServerError")
 
 
 class WholeAnswer:
     """Collects the ends of all sequences; `done` is set when the body was sent."""
 
-    def __init__(self, exchange: Exchange, generation: Generation, count: int, *, details: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, generation: Generation, count: int, *, details: bool, dialect: str = "vllm"
+    ) -> None:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._exchange = exchange
         self._generation = generation
         self._created = int(time.time())
         self._details = details
+        self._dialect = dialect
         self._ends: dict[int, tuple[Sequence, Output]] = {}
         self._count = count
 
@@ -44,9 +47,10 @@ class WholeAnswer:
             return
         ordered = [self._ends[index] for index in sorted(self._ends)]
         finals = [output for _, output in ordered]
-        if any(final.finish_reason == "error" for final in finals):
-            error = internal_error()
-            self._exchange.respond(error.status, _encode(error.body()))
+        broken = next((final for final in finals if final.finish_reason == "error"), None)
+        if broken is not None:
+            error = internal_error(broken.error)
+            self._exchange.respond(error.status, _encode(error.body(self._dialect)))
         else:
             answers = [sequence for sequence, _ in ordered]
             body = responses.whole(self._generation, self._created, answers, finals, details=self._details)
@@ -76,14 +80,16 @@ class StreamedAnswer:
         self._waiting: dict[int, Output] = {}
 
     def start(self) -> None:
-        """Send the head; vLLM does so before the first token."""
+        """Send the head; vLLM does so before the first token, SGLang with it."""
         self._exchange.start(200, _EVENT_STREAM)
 
     def on_output(self, sequence: Sequence, output: Output) -> None:
         if self._open == 0:
             return
+        if not self._exchange.started:
+            self.start()
         if output.finish_reason == "error":
-            self._end_with(internal_error().body())
+            self._end_with(internal_error(output.error).body())
             return
         if self._generation.chat:
             self._introduce()

@@ -82,7 +82,7 @@ class App:
         try:
             await self._handle(exchange)
         except RequestError as error:
-            exchange.respond(error.status, _encode(error.body()))
+            exchange.respond(error.status, _encode(error.body(self._engine.flags.dialect)))
         except HttpError as error:
             exchange.fail_with(error)
 
@@ -159,9 +159,10 @@ class App:
             answer = StreamedAnswer(
                 exchange, generation, count, details=details, interval=flags.stream_interval
             )
-            answer.start()
+            if flags.dialect == "vllm":
+                answer.start()
         else:
-            answer = WholeAnswer(exchange, generation, count, details=details)
+            answer = WholeAnswer(exchange, generation, count, details=details, dialect=flags.dialect)
         sequences = self._sequences(generation, answer)
         for sequence in sequences:
             scheduler.submit(sequence)
@@ -216,7 +217,10 @@ class App:
         exchange.respond(200, _encode({"version": VERSION}))
 
     async def _metrics(self, exchange: Exchange) -> None:
-        exchange.respond(200, self._engine.metrics.text(), _METRICS_TYPE)
+        exchange.respond(200, self._metrics_text(), _METRICS_TYPE)
+
+    def _metrics_text(self) -> bytes:
+        return self._engine.metrics.text()
 
     async def _load(self, exchange: Exchange) -> None:
         exchange.respond(200, _encode({"server_load": self._engine.scheduler.unfinished}))

@@ -13,6 +13,7 @@ from .failures import MODES, Failures, parse_spec
 from .language import LANGUAGES
 
 KEY_VARIABLE = "FAKE_ENGINE_API_KEY"
+DIALECTS = ("vllm", "sglang")
 ROLES = ("prefill", "decode", "aggregated")
 _DEFAULT_KV_BLOCKS = 4096
 _LONGEST_DEFAULT_MODEL_LEN = 32768
@@ -26,7 +27,11 @@ class Flags:
     served_model_names: tuple[str, ...]
     host: str
     port: int
+    dialect: str
     role: str
+    bootstrap_port: int | None
+    """Of prefill engines in SGLang's dialect."""
+    bootstrap_timeout: float
     side_channel_port: int | None
     kv_events: str | None
     """ZMQ address to bind; None publishes nothing."""
@@ -74,7 +79,12 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
             f"--max-model-len {args['max_model_len']} is larger than the maximum number of tokens"
             f" that can be stored in KV cache ({longest})"
         )
-    if args["role"] != "aggregated" and args["side_channel_port"] is None:
+    if args["dialect"] == "sglang":
+        # SGLang's decode engines compute no prompts.
+        args["kv_load_failure_policy"] = "fail"
+        if args["role"] == "prefill" and args["bootstrap_port"] is None:
+            parser.error("--role prefill needs --bootstrap-port")
+    elif args["role"] != "aggregated" and args["side_channel_port"] is None:
         parser.error(f"--role {args['role']} needs --side-channel-port")
     args["kv_events"], args["kv_replay"] = _events(parser, args.pop("kv_events_config"))
     args["failures"] = tuple(_failure(parser, spec) for spec in args.pop("fail"))
@@ -118,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1")
     add("--port", type=_port, default=8000, help="0 lets the system choose; the log says which")
     add("--role", choices=ROLES, default="aggregated")
+    add("--dialect", choices=DIALECTS, default="vllm", help="whose protocols it speaks")
+    add("--bootstrap-port", type=_port, help="sglang: where decode meets this prefill engine")
+    add(
+        "--bootstrap-timeout",
+        type=_seconds,
+        default=300.0,
+        help="sglang: how long one waits for the other (s)",
+    )
     add("--side-channel-port", type=_port, help="where KV blocks are pulled from")
     add(
         "--kv-events-config",

@@ -26,21 +26,25 @@ _READ_SIZE = 1 << 18
 _TOKENS_PER_CHECK = 256
 _REQUIRED = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
 
-_Failure = (WireError, OSError, TimeoutError)
+Failure = (WireError, OSError, TimeoutError)
 
 
 class Peer:
     """An open connection to a prefill engine's side channel."""
 
-    def __init__(self, engine_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, engine_id: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._engine_id = engine_id
         self.reader = reader
         self._writer = writer
 
-    async def call(self, op: str, **fields: object) -> dict[str, Any]:
+    async def call(
+        self, op: str, *, patience: float | None = _HANDSHAKE_TIMEOUT, **fields: object
+    ) -> dict[str, Any]:
         """The answer to one request. Raises WireError for a refusal."""
         self._writer.write(frame_bytes({"op": op, "engine_id": self._engine_id, **fields}))
-        answer = await asyncio.wait_for(read_frame(self.reader), _HANDSHAKE_TIMEOUT)
+        answer = await asyncio.wait_for(read_frame(self.reader), patience)
         if not answer.get("ok"):
             raise WireError(str(answer.get("error")))
         return answer
@@ -88,7 +92,7 @@ class Puller:
             if self._failures.drops_transfer():
                 raise WireError("dropped on command")
             await self._pull(sequence, start, end)
-        except _Failure as error:
+        except Failure as error:
             self._metrics.failed_transfers.inc()
             log.error("KV transfer of request %s failed: %s", sequence.request_id, error)
             raise LoadError(str(error)) from error
@@ -122,7 +126,7 @@ class Puller:
                 )
             try:
                 await peer.call("done", request_id=request_id)
-            except _Failure as error:
+            except Failure as error:
                 self._count_failed_notification(str(request_id), error)
 
     async def _receive(self, peer: Peer, ids: Items[int], start: int, end: int, announced: int) -> int:
@@ -143,7 +147,7 @@ class Puller:
         try:
             async with self._connect(params) as peer:
                 await peer.call("done", request_id=request_id)
-        except _Failure as error:
+        except Failure as error:
             self._count_failed_notification(request_id, error)
 
     def _count_failed_notification(self, request_id: str, error: BaseException) -> None:
@@ -163,13 +167,13 @@ class Puller:
                 try:
                     async with self._connect(params) as peer:
                         await peer.call("heartbeat", request_ids=ids)
-                except _Failure as error:
+                except Failure as error:
                     log.warning("Failed to send heartbeat to %s: %s", params["remote_engine_id"], error)
         self._heartbeat = None
 
     @asynccontextmanager
     async def _connect(self, params: Mapping[str, Any]) -> AsyncIterator[Peer]:
-        """A peer that answered the handshake. Raises what `_Failure` names."""
+        """A peer that answered the handshake. Raises what `Failure` names."""
         host, port = str(params["remote_host"]), params["remote_port"]
         if type(port) is not int or not 0 < port < 65536:
             raise WireError(f"remote_port {port!r} is no port")

@@ -34,8 +34,10 @@ class RequestError(Exception):
         self.kind = kind
         self.param = param
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
+    def body(self, dialect: str = "vllm") -> dict[str, Any]:
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
+        # As members of the body itself: SGLang's openai/serving_base.py.
+        return {"error": error} if dialect == "vllm" else {"object": "error", **error}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,11 @@ class Consumer(Protocol):
 class LoadError(Exception):
     """KV blocks did not arrive."""
 
+    def __init__(self, message: str, *, told: str | None = None) -> None:
+        super().__init__(message)
+        self.told = told
+        """What the client is told; None: nothing."""
+
 
 class Scheduler:
     """Runs sequences to their end. `submit` and `abort` may be called at any time."""
@@ -235,10 +240,10 @@ class Scheduler:
         end = min(sequence.prompt_length, int(sequence.kv_params.get("remote_num_tokens") or 0))
         try:
             await consumer.load(sequence, start, end)
-        except LoadError:
+        except LoadError as failure:
             if self._flags.kv_load_failure_policy == "fail":
                 del self._loading[sequence]
-                self._finish(sequence, Output(text="", tokens=(), finish_reason="error"))
+                self._finish(sequence, Output(text="", tokens=(), finish_reason="error", error=failure.told))
                 return
         else:
             sequence.external_hit = max(0, end - start)

@@ -36,6 +36,8 @@ class Output:
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
+    """What the client is told of an `error`; None: nothing."""
 
 
 class Listener(Protocol):

@@ -20,7 +20,9 @@ from .flags import Flags, parse
 from .kv_cache import BlockPool, Event
 from .metrics import Metrics
 from .puller import Puller
+from .rooms import RoomPuller, Rooms
 from .scheduler import Scheduler
+from .sglang_app import SGLangApp
 from .side_channel import SideChannel
 
 if TYPE_CHECKING:
@@ -132,12 +134,12 @@ class _Parts:
             blocks=flags.kv_blocks,
             block_size=flags.block_size,
         )
+        meets = flags.dialect == "sglang"
+        channel, puller = (Rooms, RoomPuller) if meets else (SideChannel, Puller)
         self.side_channel = (
-            SideChannel(flags, pool, metrics, failures, self._blocks_freed)
-            if flags.role == "prefill"
-            else None
+            channel(flags, pool, metrics, failures, self._blocks_freed) if flags.role == "prefill" else None
         )
-        self.puller = Puller(flags, metrics, failures) if flags.role == "decode" else None
+        self.puller = puller(flags, metrics, failures) if flags.role == "decode" else None
         self.scheduler = Scheduler(
             flags,
             pool,
@@ -167,7 +169,9 @@ class _Parts:
             self.events.start()
         if self.side_channel is not None:
             log.info("Initializing NIXL Scheduler %s", self.side_channel.engine_id)
-        server = await serve(App(self.engine).handle, sock=self._sock, cancel_on_disconnect=True)
+        rooms = self.side_channel if isinstance(self.side_channel, Rooms) else None
+        app = App(self.engine) if self._flags.dialect == "vllm" else SGLangApp(self.engine, rooms)
+        server = await serve(app.handle, sock=self._sock, cancel_on_disconnect=True)
         log.info("Starting vLLM server on http://%s:%d", self._flags.host, server.port)
         _say(f"INFO:     Started server process [{os.getpid()}]")
         _say("INFO:     Waiting for application startup.")

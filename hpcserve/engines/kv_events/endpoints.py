@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# vLLM (0.32) makes other ranks' addresses out of rank 0's: it appends the rank where `inproc` is anywhere
-# in the address, and refuses other Unix sockets.
+# vLLM (0.32) and SGLang (0.5.23) make other ranks' addresses out of rank 0's: they append the rank where
+# `inproc` is anywhere in the address, and refuse other Unix sockets.
 _EVENTS = "kv.inproc"
 _REPLAY = "kv-replay.inproc"
 _LONGEST_PATH = 107
@@ -48,8 +48,12 @@ def too_deep(scratch: str) -> bool:
 
 def config(scratch: str) -> dict[str, Any]:
     """The value of vLLM's `--kv-events-config` that makes an engine publish there."""
+    return {"enable_kv_cache_events": True, **publisher(scratch)}
+
+
+def publisher(scratch: str) -> dict[str, Any]:
+    """That of SGLang's, which publishes whenever there is a publisher."""
     return {
-        "enable_kv_cache_events": True,
         "publisher": "zmq",
         "endpoint": f"ipc://{scratch}/{_EVENTS}",
         "replay_endpoint": f"ipc://{scratch}/{_REPLAY}",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ...engines.base import Engine
 from ...errors import EngineError, JobError, KVPathError
@@ -36,6 +36,7 @@ class Target:
     name: str
     url: str
     generation: int
+    ports: Mapping[str, int] = field(default_factory=dict)
     machine: str
     """Equal for two replicas on one machine."""
 
@@ -120,33 +121,53 @@ class Prover:
         return self._locks.setdefault(target.name, asyncio.Lock())
 
     async def _two_legs(self, prefill: Target, decode: Target) -> float | None:
+        counts = prefill if self._engine.kv_counted_by == "prefill" else decode
+        before = await self._received(counts)
+        await (self._at_once if self._engine.paired else self._in_turn)(prefill, decode)
+        if before is None:
+            return None
+        deadline = time.monotonic() + _METRICS_LAG
+        while True:
+            after = await self._received(counts)
+            if after is not None and after > before:
+                return after - before
+            if time.monotonic() > deadline:
+                if counts is prefill:
+                    raise KVPathError(f"{decode.name} answered, but {prefill.name} counted no KV bytes")
+                raise KVPathError(
+                    f"{decode.name} answered, but counted no KV bytes: it computed the prompt itself"
+                )
+            await asyncio.sleep(0.1)
+
+    async def _in_turn(self, prefill: Target, decode: Target) -> None:
         body = self._body()
-        before = await self._received(decode)
         leg = await self._complete(prefill.url, self._engine.prefill_request(body))
         try:
             request = self._engine.decode_request(body, leg)
         except KeyError:
             raise KVPathError(f"{prefill.name} kept no KV blocks of the test prompt") from None
         await self._complete(decode.url, request)
-        if before is None:
-            return None
-        deadline = time.monotonic() + _METRICS_LAG
-        while True:
-            after = await self._received(decode)
-            if after is not None and after > before:
-                return after - before
-            if time.monotonic() > deadline:
-                raise KVPathError(
-                    f"{decode.name} answered, but counted no KV bytes: it computed the prompt itself"
-                )
-            await asyncio.sleep(0.1)
 
-    async def _received(self, decode: Target) -> float | None:
+    async def _at_once(self, prefill: Target, decode: Target) -> None:
+        first, second = self._engine.pair_requests(self._body(), url=prefill.url, ports=prefill.ports)
+        why: list[str] = []
+        try:
+            async with asyncio.TaskGroup() as legs:
+                # What prefill answers need not be a text: that it does is what counts.
+                url = f"{prefill.url}/v1/completions"
+                legs.create_task(self._calls.json("POST", url, first, seconds=_REQUEST_TIMEOUT))
+                legs.create_task(self._complete(decode.url, second))
+        except* CallFailed as failed:
+            why += map(str, failed.exceptions)
+        if why:
+            raise CallFailed("; ".join(why))
+
+    async def _received(self, target: Target) -> float | None:
         status, data = await self._calls.fetch(
-            "GET", decode.url + self._engine.metrics_path, seconds=_METRICS_TIMEOUT
+            "GET", target.url + self._engine.metrics_path, seconds=_METRICS_TIMEOUT
         )
         if status != 200:
-            raise CallFailed(f"{decode.name} answered {status} on {self._engine.metrics_path}")
+            raise CallFailed(f"{target.name} answered {status} on {self._engine.metrics_path}")
         return self._engine.kv_bytes_received(data.decode("utf-8", "replace"))
 
     async def _complete(self, url: str, body: dict[str, object]) -> dict[str, object]:

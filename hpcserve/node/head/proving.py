@@ -197,6 +197,7 @@ class Proving:
             name=replica.name,
             url=entry.url,
             generation=entry.generation,
+            ports=entry.ports,
             machine=self._machine(replica.rank),
         )
 

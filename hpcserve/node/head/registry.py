@@ -53,6 +53,8 @@ class Worker:
     role: str
     url: str
     generation: int
+    ports: Mapping[str, int] = field(default_factory=dict)
+    """Its engine's, by name."""
     domain: str | None = None
     """Where KV moves quickest: the NVLink domain, or else the leaf switch, of the replica's head node."""
 
@@ -329,6 +331,7 @@ class Registry:
                     role=replica.plan.role,
                     url=entry.url,
                     generation=entry.generation,
+                    ports=entry.ports,
                     domain=self._domains.get(replica.rank),
                 )
 

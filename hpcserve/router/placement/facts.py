@@ -43,12 +43,12 @@ class EngineFacts:
 
     @classmethod
     def parse(cls, text: str) -> EngineFacts:
-        """From the text of an engine's /metrics, under vLLM's names; unknown lines are passed over.
+        """From the text of vLLM's or SGLang's /metrics; unknown lines are passed over.
 
         Raises ValueError when there is not one metric of an engine in it.
         """
         sums = dict.fromkeys(_SUMMED.values(), 0.0)
-        kv_usage = 0.0
+        kv_usage = kv_tokens = 0.0
         computed: float | None = None
         cached = prompt = 0.0
         blocks = 0
@@ -58,21 +58,25 @@ class EngineFacts:
             known = True
             if name in _SUMMED:
                 sums[_SUMMED[name]] += value
-            elif name == "kv_cache_usage_perc":
+            elif name in ("kv_cache_usage_perc", "token_usage"):
                 kv_usage = max(kv_usage, value)
             elif name == "prompt_tokens_by_source_total":
                 if labels.get("source") == "local_compute":
                     computed = (computed or 0.0) + value
             elif name == "prompt_tokens_total":
                 prompt += value
-            elif name == "prompt_tokens_cached_total":
+            elif name in ("prompt_tokens_cached_total", "cached_tokens_total"):
                 cached += value
+            elif name == "max_total_num_tokens":
+                kv_tokens += value
             elif name == "cache_config_info":
                 block_size = _whole(labels.get("block_size")) or block_size
                 # One sample per data-parallel rank; the router sees their sum as one worker.
                 blocks += _whole(labels.get("num_gpu_blocks")) or 0
         if not known:
-            raise ValueError("not one vllm: metric in the engine's /metrics")
+            raise ValueError("not one metric of vLLM or SGLang in the engine's /metrics")
+        if blocks and block_size:
+            kv_tokens = float(blocks * block_size)
         return cls(
             running=sums["running"],
             waiting=sums["waiting"],
@@ -83,12 +87,14 @@ class EngineFacts:
             transfer_seconds=sums["transfer_seconds"],
             transferred_tokens=sums["transferred_tokens"],
             kv_usage=kv_usage,
-            kv_tokens=float(blocks * block_size) if blocks and block_size else None,
+            kv_tokens=kv_tokens or None,
             block_size=block_size,
             computed_tokens=computed if computed is not None else max(prompt - cached, 0.0),
         )
 
 
+_PREFIXES = ("vllm:", "sglang:")
+# Both engines' names; the few that both have mean the same.
 _SUMMED = {
     "num_requests_running": "running",
     "num_requests_waiting": "waiting",
@@ -98,6 +104,12 @@ _SUMMED = {
     "nixl_bytes_transferred_sum": "transferred_bytes",
     "nixl_xfer_time_seconds_sum": "transfer_seconds",
     "external_prefix_cache_hits_total": "transferred_tokens",
+    # SGLang (observability/metrics_collector.py). A request waits in one queue at a time.
+    "num_running_reqs": "running",
+    "num_queue_reqs": "waiting",
+    "num_prefill_bootstrap_queue_reqs": "waiting",
+    "num_decode_prealloc_queue_reqs": "waiting",
+    "num_decode_transfer_queue_reqs": "waiting",
 }
 _NAMES = frozenset(_SUMMED) | {
     "kv_cache_usage_perc",
@@ -105,16 +117,19 @@ _NAMES = frozenset(_SUMMED) | {
     "prompt_tokens_total",
     "prompt_tokens_cached_total",
     "cache_config_info",
+    "token_usage",
+    "cached_tokens_total",
+    "max_total_num_tokens",
 }
 
 
 def _samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    """The samples this module knows, without their `vllm:`."""
+    """The samples this module knows, without the engine's prefix."""
     for line in text.splitlines():
-        if not line.startswith("vllm:"):
+        if not line.startswith(_PREFIXES):
             continue
         head, _, number = line.rpartition(" ")
-        name, _, labels = head[5:].partition("{")
+        name, _, labels = head[head.index(":") + 1 :].partition("{")
         if name in _NAMES:
             yield name, _labels(labels.removesuffix("}")), float(number)
 

@@ -54,8 +54,9 @@ def _pair(own: Scores, other: Scores, view: View) -> Choice:
         pulls.append(pull)
         pulled.append(base + pull)
     found: list[tuple[float, int, int, float]] = []
-    for at in own.best():
-        found.append((own.costs[at], at, -1, 0.0))
+    if not view.pairs_only:
+        for at in own.best():
+            found.append((own.costs[at], at, -1, 0.0))
     firsts = _best_of_each_domain(other.pool, other.costs)
     for at in _best_of_each_domain(own.pool, pulled):
         domain, base = workers[at].domain, own.bases[at] + TWO_LEGS

@@ -25,12 +25,15 @@ _WEIGHT = 0.05
 class Placer:
     """One per router process; not shared between threads."""
 
-    def __init__(self, policy: str = "kv", residency: Residency | None = None) -> None:
-        """Raises KeyError for a policy that is not in POLICIES."""
+    def __init__(
+        self, policy: str = "kv", residency: Residency | None = None, *, pairs_only: bool = False
+    ) -> None:
+        """Raises KeyError for a policy that is not in POLICIES. `pairs_only`: decode workers compute no
+        prompts."""
         self.policy = policy
         self._policy: Policy = POLICIES[policy]()
         self._residency = residency or NoResidency()
-        self._view = View()
+        self._view = View(pairs_only=pairs_only)
         self._sessions: OrderedDict[str, str] = OrderedDict()
 
     def place(
@@ -45,8 +48,8 @@ class Placer:
         """Where `demand` goes; None when all were tried.
 
         `answering` are aggregated or decode workers. With `prefill` workers a pair comes back, or, where
-        that is quicker, a decode worker alone that computes the prompt itself. `now` is the event
-        loop's time.
+        that is quicker and not ruled out, a decode worker alone that computes the prompt itself. `now` is the
+        event loop's time.
         """
         began = perf_counter()
         left = usable(answering, tried, now)

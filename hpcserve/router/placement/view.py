@@ -20,7 +20,9 @@ _POOLS = 8
 class View:
     """Kept from decision to decision; `held`, `session` and `now` are the current one's."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pairs_only: bool = False) -> None:
+        self.pairs_only = pairs_only
+        """Decode workers compute no prompts."""
         self.held: Mapping[str, Held] = {}
         self.session: str | None = None
         """Name of the worker that last answered the request's session."""

@@ -68,6 +68,14 @@ def ask(given: Fields) -> Asked:
     return Asked(wants_ids=wants_ids, wants_usage=wants_usage, added=added)
 
 
+def count(given: Fields) -> Asked:
+    """What to add to a stream's request so that the engine counts its tokens, and no more."""
+    options = value(given, "stream_options")
+    if not isinstance(options, dict | None) or (options or {}).get("include_usage"):
+        return Asked()
+    return Asked(wants_usage=False, added={"stream_options": {**(options or {}), "include_usage": True}})
+
+
 def splice(body: bytes, given: Fields, added: Mapping[str, Any]) -> bytes:
     """`body` with more members. What is new goes behind the first brace, so that a large body is copied but
     not encoded; members the client has as well are replaced."""

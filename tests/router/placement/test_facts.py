@@ -49,6 +49,25 @@ def test_the_fake_engine_is_understood():
     assert EngineFacts.parse(Metrics("toy", 4096, transfers=True).text().decode()).running == 0.0
 
 
+def test_sglangs_metrics_are_understood():
+    facts = EngineFacts.parse(
+        'sglang:num_running_reqs{tp_rank="0",dp_rank="0"} 3.0\n'
+        'sglang:num_running_reqs{tp_rank="0",dp_rank="1"} 1.0\n'
+        'sglang:num_queue_reqs{tp_rank="0"} 2.0\n'
+        'sglang:num_decode_transfer_queue_reqs{tp_rank="0"} 5.0\n'
+        'sglang:token_usage{dp_rank="0"} 0.25\n'
+        'sglang:token_usage{dp_rank="1"} 0.5\n'
+        'sglang:max_total_num_tokens{dp_rank="0"} 1000.0\n'
+        'sglang:max_total_num_tokens{dp_rank="1"} 1000.0\n'
+        'sglang:prompt_tokens_total{is_streaming="true"} 90.0\n'
+        'sglang:cached_tokens_total{cache_source="device"} 30.0\n'
+        'sglang:inter_token_latency_seconds_sum{a="b"} 4.0\n'
+        'sglang:inter_token_latency_seconds_count{a="b"} 100.0\n'
+    )
+    assert (facts.running, facts.waiting, facts.kv_usage, facts.kv_tokens) == (4.0, 7.0, 0.5, 2000.0)
+    assert (facts.computed_tokens, facts.token_gaps, facts.token_gap_seconds) == (60.0, 100.0, 4.0)
+
+
 def test_a_page_without_engine_metrics_is_an_error():
     with pytest.raises(ValueError, match="not one"):
         EngineFacts.parse("<html>404</html>")

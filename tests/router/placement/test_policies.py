@@ -33,6 +33,18 @@ def test_every_policy_makes_pairs(policy):
     assert decision.prefill in prefill
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_makes_pairs_only_where_decode_computes_no_prompts(policy):
+    """However long prefill has to do: of two idle workers `kv` would take decode alone."""
+    decode, prefill = workers(2, "decode"), workers(2, "prefill")
+    for worker in prefill:
+        worker.queue.began(10_000_000, 1.0)
+    decision = Placer(policy, pairs_only=True).place(demand(), answering=decode, prefill=prefill, now=1.0)
+    assert decision.prefill in prefill
+    if policy == "kv":
+        assert Placer(policy).place(demand(), answering=decode, prefill=prefill, now=1.0).prefill is None
+
+
 def test_an_unknown_policy_is_refused():
     with pytest.raises(KeyError):
         Placer("fastest")

@@ -1,0 +1,30 @@
+"""What each engine can do, as far as a plan depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """Of one engine program."""
+
+    title: str
+    """Its name in messages."""
+    spans_nodes: bool = True
+    """One replica can have several nodes."""
+    weights: bool = True
+    """It loads the model, so that needs its memory."""
+    nixl: bool = True
+    """KV blocks go by NIXL's UCX, and its rules hold for pairs of replicas."""
+    staged_decode: bool = False
+    """Decode can have as many pipeline stages as prefill; else it has one."""
+
+
+ABILITIES: Mapping[str, Abilities] = {
+    "vllm": Abilities(title="vLLM"),
+    "sglang": Abilities(title="SGLang", staged_decode=True),
+    "fake": Abilities(title="the fake engine", spans_nodes=False, weights=False, nixl=False),
+}
+"""By the name in model.yaml. Of vLLM 0.32 and SGLang 0.5.23."""

@@ -1,0 +1,16 @@
+"""Every engine that model.yaml can name has its abilities, and an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from hpcserve import engines
+from hpcserve.config.model import ModelSpec
+from hpcserve.plan.abilities import ABILITIES
+
+
+def test_each_engine_is_known_everywhere() -> None:
+    (engine,) = [field for field in fields(ModelSpec) if field.name == "engine"]
+    choices = engine.metadata["key"].choices
+    assert set(ABILITIES) == set(choices)
+    assert [engines.get(name).name for name in choices] == list(choices)

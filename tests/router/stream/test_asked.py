@@ -1,0 +1,26 @@
+"""What is added to a stream's request for engines whose streams nobody goes on with."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpcserve.router.stream.asked import count
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "wants"),
+    [
+        ({}, {"include_usage": True}, False),
+        ({"stream_options": None}, {"include_usage": True}, False),
+        ({"stream_options": {"include_usage": False, "x": 1}}, {"include_usage": True, "x": 1}, False),
+        ({"stream_options": {"include_usage": True}}, None, True),
+        # The engine has the last word on what is none of the API's.
+        ({"stream_options": "odd"}, None, True),
+    ],
+)
+def test_the_engine_is_asked_to_count(given, options, wants):
+    asked = count(given)
+    assert dict(asked.added) == ({} if options is None else {"stream_options": options})
+    assert asked.wants_usage is wants
+    # Ids are not asked for, and not taken out either.
+    assert asked.wants_ids
