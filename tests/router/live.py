@@ -38,6 +38,8 @@ class LiveRouter:
         self._log = folder / "router.log"
         self._files = files
         self._table: list[Json] = []
+        self._told = 0
+        """Tables that the router was told."""
         self._reading: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.stats: Json = {}
@@ -95,10 +97,15 @@ class LiveRouter:
         """Announce these workers, and wait until the router counts them."""
         await self.tell_table(workers)
         names = {entry["name"] for entry in self._table}
-        await self.until(lambda: set(self.stats.get("workers", ())) == names, "the table to be taken over")
+        await self._taken_over()
+        await self.until(lambda: set(self.stats.get("workers", ())) == names, "the workers to be counted")
+
+    async def _taken_over(self) -> None:
+        await self.until(lambda: self.stats.get("tables", 0) >= self._told, "all processes to have the table")
 
     async def tell_table(self, workers: Iterable[Json]) -> None:
         self._table = list(workers)
+        self._told += 1
         message = {"type": "workers", "state": "ready", "reason": None, "retry_after": None, "end_time": None}
         self._writer.write(json.dumps({**message, "workers": self._table}).encode() + b"\n")
         await self._writer.drain()
@@ -106,6 +113,8 @@ class LiveRouter:
     async def restarted(self) -> None:
         """Announce the same workers as new ones: what the router held against them is forgotten."""
         await self.tell_table([{**entry, "generation": entry["generation"] + 1} for entry in self._table])
+        # A request that comes before is ended when it does.
+        await self._taken_over()
 
     async def idle(self) -> None:
         """Wait until nothing is in flight, by the router's own count."""
