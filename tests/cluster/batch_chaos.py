@@ -81,16 +81,22 @@ class Chaos:
         return time.monotonic() - began
 
     def verdict(self) -> str:
-        """Raises AssertionError for a row that is missing, twice there, or an error."""
-        ids = Counter(
-            json.loads(line)["custom_id"] for line in (self._out / "output.jsonl").read_text().splitlines()
+        """Raises AssertionError for a row that is missing or twice there, and for an error, but for that of a
+        row that three engines died with."""
+        answers, errors = (
+            [json.loads(line) for line in (self._out / name).read_text().splitlines()]
+            for name in ("output.jsonl", "errors.jsonl")
         )
+        ids = Counter(line["custom_id"] for line in (*answers, *errors))
         assert ids == Counter({f"r{number}": 1 for number in range(self._rows)}), (
             "rows are missing or doubled"
         )
-        assert not (self._out / "errors.jsonl").read_text(), "there are errors"
+        assert {line["error"]["code"] for line in errors} <= {"engine_died"}, errors[:10]
         again = json.loads((self._out / "report.json").read_text())["computed_more_than_once"]
-        return f"each row once, no errors; computed again {again} ({again / self._rows:.2%})"
+        return (
+            f"each row once, {len(errors)} of them errors after three engines died with them;"
+            f" computed again {again} ({again / self._rows:.2%})"
+        )
 
     def _submit(self) -> None:
         """The same command again, for each job that is missing."""
