@@ -110,6 +110,18 @@ class Pair:
                     for event in events if answer.status == 200 else ():
                         answer.take(event)
 
+    async def metrics(self, name: str) -> dict[str, float]:
+        """Samples of one of the router's metrics, by their labels."""
+        response = await self.pool.request("GET", f"http://127.0.0.1:{self.router.port}/metrics")
+        text = (await response.read(1 << 24)).decode()
+        samples = (line.rpartition(" ") for line in text.splitlines() if line.startswith(f"{name}{{"))
+        return {labels: float(value) for labels, _, value in samples}
+
+    async def in_flight(self, number: int) -> float:
+        """Streams on an engine."""
+        found = await self.metrics("hpcserve_router_worker_in_flight")
+        return sum(value for labels, value in found.items() if f'"aggregated-{number}"' in labels)
+
     def kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.processes[number].pid, signal.SIGKILL)
@@ -166,8 +178,10 @@ async def test_eight_streams_survive_the_death_of_an_engine_word_for_word(pair: 
     async with asyncio.timeout(2 * DEADLINE):
         while not all(answer.tokens >= 8 for answer in answers):  # noqa: ASYNC110 - a test may poll
             await asyncio.sleep(0.05)
-    assert sum(not answer.done for answer in answers) >= 6
-    pair.kill(1)
+    # On a busy machine one engine may be through before the other has well begun.
+    running = [await pair.in_flight(number) for number in range(2)]
+    assert max(running) >= 2, running
+    pair.kill(running.index(max(running)))
     await asyncio.gather(*tasks)
 
     assert all(answer.whole for answer in answers), [answer.raw[-600:] for answer in answers]
@@ -178,11 +192,5 @@ async def test_eight_streams_survive_the_death_of_an_engine_word_for_word(pair: 
         assert answer.usage is not None and should.usage is not None
         assert [answer.usage[key] for key in counted] == [should.usage[key] for key in counted]
         assert len(answer.ids) == 1
-    response = await pair.pool.request("GET", f"http://127.0.0.1:{pair.router.port}/metrics")
-    text = (await response.read(1 << 24)).decode()
-    resumed = [
-        float(line.rpartition(" ")[2])
-        for line in text.splitlines()
-        if line.startswith('hpcserve_router_migrations_total{result="resumed"')
-    ]
-    assert sum(resumed) >= 2
+    moved = await pair.metrics("hpcserve_router_migrations_total")
+    assert sum(value for labels, value in moved.items() if 'result="resumed"' in labels) >= 2
