@@ -120,7 +120,10 @@ class Chaos:
         pids = self._pids(VICTIMS[victim])
         if not pids:
             return False
-        os.kill(self._random.choice(pids), signal.SIGKILL)
+        try:
+            os.kill(self._random.choice(pids), signal.SIGKILL)
+        except ProcessLookupError:
+            return False  # it ended by itself
         self.killed[victim] += 1
         return True
 
