@@ -30,11 +30,10 @@ _ROWS_TOLD = 100_000
 
 def is_large(request: BatchRequest, site: Site) -> bool:
     """This site wants such an input planned and merged in jobs. Raises ConfigError when there is none."""
-    return has_partition(site) and _size(request) >= site.slurm.cpu_job_from * _MIB
-
-
-def has_partition(site: Site) -> bool:
-    return site.scheduler == "slurm" and site.slurm.cpu_partition is not None
+    slurm = site.slurm
+    if site.scheduler != "slurm" or slurm.cpu_partition is None:
+        return False
+    return _size(request) >= slurm.cpu_job_from * _MIB
 
 
 def plan(

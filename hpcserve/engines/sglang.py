@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from ..errors import ConfigError
 from ..plan.plan import ReplicaPlan
-from . import arguments, variables
+from . import arguments, progress, variables
 from .base import EngineCommand, EngineContext
 from .kv_events import endpoints
 from .pair_protocol import BOOTSTRAP_PORT, PairEngine
@@ -76,7 +76,7 @@ DIST_PORTS = 14
 and, 13 above it, the one that tells other nodes of them (DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
 _RADIX_ON_DECODE = "disaggregation-decode-enable-radix-cache"
 
-_PROGRESS: tuple[tuple[re.Pattern[str], str], ...] = (
+_PROGRESS: tuple[progress.Says, ...] = (
     (re.compile(r"Loading .*?shards.*?:\s+\d+% Completed \| (\d+)/(\d+)"), r"weights \1/\2"),
     (re.compile(r"Load weight begin"), "loading weights"),
     (re.compile(r"Load weight end\. elapsed=([\d.]+) s"), r"weights loaded in \1 s"),
@@ -135,13 +135,7 @@ class SGLang(PairEngine):
         return endpoints.in_directory(context.scratch, ranks)
 
     def progress(self, line: str) -> str | None:
-        # A progress bar rewrites its line with carriage returns: the last state counts.
-        text = line.rstrip("\r\n").rpartition("\r")[2]
-        for pattern, says in _PROGRESS:
-            match = pattern.search(text)
-            if match:
-                return match.expand(says)
-        return None
+        return progress.told(line, _PROGRESS)
 
 
 def _given(context: EngineContext) -> dict[str, tuple[str, object]]:

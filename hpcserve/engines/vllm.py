@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..plan.plan import ReplicaPlan
-from . import arguments, variables
+from . import arguments, progress, variables
 from .base import EngineCommand, EngineContext
 from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
@@ -73,7 +73,7 @@ OWN_VARIABLES = frozenset(
 CPU_KV_GIB = 2
 """vLLM would take most of the node's memory for the KV cache of each engine on device cpu."""
 
-_PROGRESS: tuple[tuple[re.Pattern[str], str], ...] = (
+_PROGRESS: tuple[progress.Says, ...] = (
     (re.compile(r"Loading .*?shards.*?:\s+\d+% Completed \| (\d+)/(\d+)"), r"weights \1/\2"),
     (re.compile(r"Starting to load model"), "loading weights"),
     (re.compile(r"Loading weights took ([\d.]+) seconds"), r"weights loaded in \1 s"),
@@ -123,13 +123,7 @@ class VLLM(NixlEngine):
         return endpoints.in_directory(context.scratch, ranks)
 
     def progress(self, line: str) -> str | None:
-        # A progress bar rewrites its line with carriage returns: the last state counts.
-        text = line.rstrip("\r\n").rpartition("\r")[2]
-        for pattern, says in _PROGRESS:
-            match = pattern.search(text)
-            if match:
-                return match.expand(says)
-        return None
+        return progress.told(line, _PROGRESS)
 
 
 def _program(context: EngineContext) -> list[str]:

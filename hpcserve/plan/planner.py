@@ -240,7 +240,7 @@ def _check_pair(engine: str, shapes: dict[Role, Shape]) -> None:
         several = (
             "another number of pipeline stages than prefill"
             if able.staged_decode
-            else ("more than one pipeline stage")
+            else "more than one pipeline stage"
         )
         raise PlanError(
             f"decode.pipeline_parallel is {decode.pipeline}, but {able.title}'s NIXL connector "

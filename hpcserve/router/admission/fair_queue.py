@@ -31,14 +31,14 @@ class Entry:
 
     __slots__ = ("arrived", "cost", "flow", "priority", "queued", "weight")
 
-    def __init__(self, flow: str, *, weight: float, priority: int, cost: float, arrived: float = 0.0) -> None:
+    def __init__(self, flow: str, *, weight: float, priority: int, cost: float) -> None:
         self.flow = flow
         """The key."""
         self.weight = weight
         self.priority = priority
         self.cost = cost
         """Tokens."""
-        self.arrived = arrived
+        self.arrived = 0.0
         """Seconds of the machine's monotonic clock."""
         self.queued = False
 
