@@ -55,7 +55,7 @@ class SlurmSite(Provenance):
     max_walltime: int | None = key("Longest walltime the queue takes.", None, kind="duration", minimum=60)
     default_walltime: int = key("Walltime when nobody says.", 3600, kind="duration", minimum=60)
     max_nodes: int | None = key("Most nodes one job may ask for.", None, minimum=1)
-    requeue: bool = key("May Slurm start the job again after a node failure.", False)
+    requeue: bool = key("May the job start again after a failure of its head node.", False)
     mpi: Literal["pmix", "pmi2", "cray_shasta", "none"] = key(
         "Plugin for the rendezvous step (`srun --mpi=list`); `none` means use TCP.",
         "pmix",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from ..errors import RendezvousError
+from ..slurm.nodelist import expand
 
 RANK_VARIABLES = ("HPCSERVE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
@@ -40,26 +40,3 @@ def node_names(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Slurm's names of the step's nodes in rank order; empty outside Slurm."""
     text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     return expand(text)
-
-
-def expand(nodelist: str) -> tuple[str, ...]:
-    """`n[1-3,07],m1` -> n1 n2 n3 n07 m1: what `scontrol show hostnames` prints, without Slurm."""
-    names: list[str] = []
-    for part in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", nodelist):
-        expanded = [""]
-        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", part):
-            choices = [literal] if literal else _numbers(ranges)
-            expanded = [prefix + choice for prefix in expanded for choice in choices]
-        names.extend(expanded)
-    return tuple(names)
-
-
-def _numbers(ranges: str) -> list[str]:
-    numbers: list[str] = []
-    for item in ranges.split(","):
-        low, dash, high = item.partition("-")
-        if dash:
-            numbers.extend(str(n).zfill(len(low)) for n in range(int(low), int(high) + 1))
-        else:
-            numbers.append(low)
-    return numbers

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import SlurmDown, SlurmError
 from . import parse
+from .allocation import Allocation, read_allocation
 from .refusals import hint_for, is_outage, sentence
 from .scheduler import JobState
 
@@ -33,7 +34,7 @@ def overriding_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class SlurmScheduler:
-    """Calls sbatch, squeue, sacct and scancel. Every call is bounded by `timeout` seconds."""
+    """Calls sbatch, squeue, sacct, scancel and scontrol. Every call is bounded by `timeout` seconds."""
 
     def __init__(self, *, timeout: float = 60.0, environ: Mapping[str, str] | None = None) -> None:
         self._timeout = timeout
@@ -79,6 +80,19 @@ class SlurmScheduler:
         over = ("Invalid job id", "already completing", "already completed", "Job/step already")
         if done.returncode != 0 and not any(text in done.stderr for text in over):
             raise _failed("scancel", done)
+
+    def allocation(self, job_id: str) -> Allocation | None:
+        """The nodes the job has now; None where Slurm has forgotten it."""
+        done = self._call(["scontrol", "show", "job", "--oneliner", job_id])
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            raise _failed("scontrol", done)
+        return read_allocation(done.stdout)
+
+    def requeue(self, job_id: str) -> None:
+        """End the job, and put it back into the queue."""
+        done = self._call(["scontrol", "requeue", job_id])
+        if done.returncode != 0:
+            raise _failed("scontrol", done)
 
     def _remembered(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """What accounting knows. A cluster without it has none to ask, and is not asked again."""

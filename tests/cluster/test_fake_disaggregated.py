@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import requests
 
+from hpcserve.node.agent.agent import HEAD_LOST
+from tests.patience import DEADLINE
+
 from .launched import Launched, Launches, bearer
 from .testbed import Testbed, wait_for
 
@@ -158,6 +161,19 @@ def test_no_stream_breaks_when_a_node_dies(
     assert all(end.tokens == tokens for end in unbroken)
     assert doomed not in in_rotation(run)
     assert cluster.slurm("squeue", "--noheader", "--jobs", run.job_id, "--format=%T").strip() == "RUNNING"
+
+
+def test_a_job_whose_head_node_dies_gives_its_other_nodes_back(cluster: Testbed, run: Launched) -> None:
+    """Slurm takes the node out of the job and keeps the job, without anybody in it."""
+    head = json.loads((run.run_dir / "roster.json").read_text())["ranks"][0]["node"]
+    cluster.kill_node(head)
+    cluster.revive_node(head)
+    job = cluster.slurm("scontrol", "show", "job", "--oneliner", run.job_id)
+    assert "JobState=RUNNING" in job and f"BatchHost={head}" in job
+    wait_for(run.gone, seconds=HEAD_LOST + DEADLINE, what="the job to end", state=run.logs)
+    [failed] = run.events("failed")
+    assert failed["message"] == f"the head node {head} died"
+    cluster.wait_until_idle()
 
 
 def test_an_engine_that_crashes_comes_back_by_itself(run: Launched) -> None:

@@ -18,7 +18,7 @@ from hpcserve.node.discovery.facts import ModelFact, RankFacts, leaf_switch
 from hpcserve.node.discovery.gpus import Gpu, driver_version, find_gpus, nvlink_domain
 from hpcserve.node.head.walltime import end_time, parse_end_time
 from hpcserve.node.ports import PortRange, ephemeral_range, hold, listen
-from hpcserve.node.rank import attempt_of, expand, rank_of
+from hpcserve.node.rank import attempt_of, rank_of
 from hpcserve.node.rendezvous.check import check_facts
 
 from .runs import make_plan, replica
@@ -335,21 +335,6 @@ def test_ephemeral_range_is_read_from_proc(tmp_path: Path) -> None:
 
 
 # Names and times
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("n1", ("n1",)),
-        ("n[1-3,07],m1", ("n1", "n2", "n3", "n07", "m1")),
-        ("", ()),
-        ("a[08-10]", ("a08", "a09", "a10")),
-        ("r[1-2]n[1-2]", ("r1n1", "r1n2", "r2n1", "r2n2")),
-        ("x[1]-ib,y", ("x1-ib", "y")),
-    ],
-)
-def test_node_lists_are_expanded_as_slurm_does(text: str, names: tuple[str, ...]) -> None:
-    assert expand(text) == names
 
 
 def test_rank_comes_from_the_first_launcher_variable() -> None:

@@ -31,6 +31,7 @@ from .cores import share_cores
 from .engine_launch import EngineLauncher, Leader
 from .keeper import Keeper
 from .kv_news import KvNews
+from .orphan import end_orphan
 from .replica_process import Patience, ReplicaProcess
 
 HEARTBEAT = 1.0
@@ -156,18 +157,32 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*supervisors, heart, news, return_exceptions=True)
         if self._lost is not None:
+            await end_orphan(self._inputs, self._rank, self._pause)
             raise self._lost
+
+    async def _pause(self, seconds: float) -> bool:
+        """True when a signal to end came, before or meanwhile."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                while self._signalled is None:
+                    await self._changed.wait()
+                    self._changed.clear()
+        except TimeoutError:
+            return False
+        return True
 
     def _on_signal(self, number: signal.Signals) -> None:
         """The first is left to the controller, which drains and then says when to stop; a second forces."""
         if self._echoes.again():
             return
-        if self._signalled is not None or self._stop_asked:
+        first = self._signalled is None
+        self._signalled = self._signalled or time.monotonic()
+        if not first or self._stop_asked:
             say(f"agent: {number.name}: killing the engines")
             self._stop(0.0)
             return
         say(f"agent: {number.name}: the run ends")
-        self._signalled = time.monotonic()
         for replica in self._replicas:
             replica.drain()
         self._changed.set()
