@@ -40,6 +40,8 @@ class Child:
         self.served = False
         """It, or one before it, has served."""
         self.stats: Json = {}
+        self.unanswered = 0
+        """Polls since it last answered one."""
         self._config = config
         self._board_fd = board_fd
         self._on_message = on_message
@@ -77,6 +79,7 @@ class Child:
                 self.drained = True
             case "stats":
                 self.stats = {key: value for key, value in message.items() if key != "type"}
+                self.unanswered = 0
                 if self._polled is not None and not self._polled.done():
                     self._polled.set_result(None)
         self._on_message(self, message)
@@ -95,6 +98,7 @@ class Child:
         if self._control is None:
             return
         self._polled = asyncio.get_running_loop().create_future()
+        self.unanswered += 1
         self._control.insist(Poll())
         await self._polled
 
@@ -109,6 +113,7 @@ class Child:
         await control.close()
         self.ready = False
         self.drained = True
+        self.unanswered = 0
         if self._polled is not None and not self._polled.done():
             self._polled.set_result(None)
         return status

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 _STATS_EVERY = 0.5
 _POLL_PATIENCE = 2.0
 _GATHER_PATIENCE = 1.5
+_UNANSWERED_MAX = 5
+"""Polls of _POLL_PATIENCE each, not answered one after the other: that relay hangs, and its clients with it."""
 _UNREAD_MAX = 64 * 1024 * 1024
 """A relay that leaves so much unread hangs; it is started again."""
 _STEADY = 30.0
@@ -311,6 +313,11 @@ class Supervisor:
             _, late = await asyncio.wait(polls, timeout=_POLL_PATIENCE)
             for poll in late:
                 poll.cancel()
+        for child in self._children:
+            # Counted, and not timed: this process may have been stopped itself.
+            if child.unanswered >= _UNANSWERED_MAX:
+                log.error("relay %d did not answer %d times: killing it", child.number, child.unanswered)
+                child.kill()
 
     def _stats(self) -> Json:
         """The relays' figures, summed. Each is newer than the report before this one."""

@@ -36,7 +36,7 @@ VICTIMS = {
 }
 """What is killed, and how its command line is known."""
 NODE = "node"
-_PATIENCE = 1800.0
+_PATIENCE = 3000.0
 
 
 class Chaos:

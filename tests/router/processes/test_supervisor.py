@@ -89,8 +89,9 @@ def _serving(relays: list[int], port: int, client_port: int) -> int:
     raise AssertionError("no such connection")
 
 
-def test_a_killed_relay_is_replaced_and_streams_of_others_go_on(
-    start: Callable[..., Running], engine: Engine
+@pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "it hangs"])
+def test_a_lost_relay_is_replaced_and_streams_of_others_go_on(
+    start: Callable[..., Running], engine: Engine, deadly: signal.Signals
 ) -> None:
     running = start(processes=2)
     port = running.hear("listening")["port"]
@@ -114,8 +115,9 @@ def test_a_killed_relay_is_replaced_and_streams_of_others_go_on(
     total = len(others) + 2
     running.hear("stats", in_flight=total, workers={"aggregated-0": {"in_flight": total}})
     victim, survivor = relays
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, deadly)
     with pytest.raises(requests.RequestException):
+        # Its clients learn of it, so that they can try again.
         list(streams[victim][1])
     new = _until(lambda: len(now := _relays(running)) == 2 and victim not in now and now, "a new relay")
     assert survivor in new
