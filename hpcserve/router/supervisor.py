@@ -44,7 +44,7 @@ _STATS_EVERY = 0.5
 _POLL_PATIENCE = 2.0
 _GATHER_PATIENCE = 1.5
 _UNANSWERED_MAX = 5
-"""Polls of _POLL_PATIENCE each, not answered one after the other: that relay hangs, and its clients with it."""
+"""Polls of _POLL_PATIENCE each without an answer to one: that relay hangs, and its clients with it."""
 _UNREAD_MAX = 64 * 1024 * 1024
 """A relay that leaves so much unread hangs; it is started again."""
 _STEADY = 30.0

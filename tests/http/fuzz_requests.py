@@ -77,14 +77,22 @@ def opinion(data: bytes) -> Opinion:
         if request is None:
             found.state = "part"
             return found
-        found.requests.append(request)
+        found.requests.append(request[0])
         data = bytes(parser.trailing_data[0])
-        if parser.our_state is h11.MUST_CLOSE:
+        # h11 knows no HTTP/1.0 connection that goes on.
+        if parser.our_state is h11.MUST_CLOSE and not _kept(request[1]):
             found.state = "closed"
             return found
 
 
-def _one(parser: h11.Connection) -> Got | None:
+def _kept(request: h11.Request) -> bool:
+    """RFC 9112 §9.3: an HTTP/1.0 client may ask for its connection to be kept."""
+    options = b",".join(value for name, value in request.headers if name == b"connection").lower().split(b",")
+    words = {option.strip() for option in options}
+    return request.http_version == b"1.0" and b"keep-alive" in words and b"close" not in words
+
+
+def _one(parser: h11.Connection) -> tuple[Got, h11.Request] | None:
     request: h11.Request | None = None
     body: list[bytes] = []
     while True:
@@ -97,7 +105,8 @@ def _one(parser: h11.Connection) -> Got | None:
             assert request is not None
             parser.send(h11.Response(status_code=404, headers=[("content-length", "0")]))
             parser.send(h11.EndOfMessage())
-            return Got(method=request.method.decode(), target=request.target.decode(), body=b"".join(body))
+            got = Got(method=request.method.decode(), target=request.target.decode(), body=b"".join(body))
+            return got, request
         else:
             return None
 

@@ -42,32 +42,63 @@ class Ledger:
         self._appended = 0
         self._whole = False
         """The file is to be written anew: it has grown, or it lacks what a failing storage did not take."""
+        self._unread = False
+        """What the file has from before could not be read: before that, writing it would lose it."""
         self._warned = False
         self._others: dict[str, tuple[tuple[int, int], dict[str, int]]] = {}
         self._told: Mapping[str, int] = {}
+        self._from_start = config.started is not None
+        """Time is counted from the job's start, also what a router before this one has counted."""
         self._until = config.started if config.started is not None else now()
         self._load()
 
     def _load(self) -> None:
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._usage, warnings = read(self._path)
-        except FileNotFoundError:
-            self._read_others()
+        found = self._read_own()
+        if found is None:
+            self._unread = True
             return
-        except OSError as error:
-            self._fail(storage_error(error, "make the directory of usage"))
-            return
-        except StorageError as error:
-            self._fail(error)
-            return
-        for warning in warnings:
-            log.warning("%s", warning)
+        self._usage = found
         self._whole = True
-        last = max((entry.until for entry in self._usage.times.values()), default=0.0)
+        last = max((entry.until for entry in found.times.values()), default=0.0)
         # The same job: the time without a router was paid for as well. Another job: the time between was not.
         self._until = max(self._until, last)
         self._read_others()
+
+    def _read_own(self) -> RunUsage | None:
+        """What the file has; None where that can't be known now."""
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found, warnings = read(self._path)
+        except FileNotFoundError:
+            return RunUsage()
+        except OSError as error:
+            self._fail(storage_error(error, "make the directory of usage"))
+            return None
+        except StorageError as error:
+            self._fail(error)
+            return None
+        for warning in warnings:
+            log.warning("%s", warning)
+        return found
+
+    def _join(self, found: RunUsage | None) -> None:
+        """Add what the file had when we started, which could not be read then."""
+        if found is None:
+            return
+        self._unread = False
+        for old in found.used.values():
+            used = self._usage.used.setdefault((old.hour, old.key, old.model), old)
+            if used is not old:
+                used.requests += old.requests
+                used.prompt += old.prompt
+                used.cached += old.cached
+                used.completion += old.completion
+        for before in found.times.values():
+            time = self._usage.times.setdefault(before.hour, before)
+            if time is not before:
+                time.up = max(time.up, before.up) if self._from_start else time.up + before.up
+                time.busy = min(time.busy + before.busy, time.up)
+                time.until = max(time.until, before.until)
 
     def add(self, items: Iterable[Sequence[Any]]) -> None:
         """A relay's `Meter.take()`."""
@@ -119,14 +150,20 @@ class Ledger:
             now = time.monotonic()
             if now - flushed >= _FLUSH_EVERY:
                 flushed = now
-                await asyncio.to_thread(self._write, *self._take())
+                if self._unread:
+                    self._join(await asyncio.to_thread(self._read_own))
+                if not self._unread:
+                    await asyncio.to_thread(self._write, *self._take())
             if now - looked >= _OTHERS_EVERY:
                 looked = now
                 await asyncio.to_thread(self._read_others)
 
     def flush(self) -> None:
         """Write now."""
-        self._write(*self._take())
+        if self._unread:
+            self._join(self._read_own())
+        if not self._unread:
+            self._write(*self._take())
 
     def close(self) -> None:
         """Write what is left."""

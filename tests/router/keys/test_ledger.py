@@ -125,6 +125,32 @@ def test_storage_that_fails_is_warned_of_once_and_made_up_for(
     assert read(place / "llama.jsonl")[0].totals() == {"ka": 30}
 
 
+@pytest.mark.parametrize("started", [float(START), None])
+def test_what_could_not_be_read_at_the_start_is_not_written_over(
+    tmp_path: Path, clock: Clock, started: float | None
+) -> None:
+    first = opened(tmp_path, clock)
+    first.add([item(ALICE, 100, 10, cached=60), item(BOB, 5, 5)])
+    spend(first, clock, 30, busy=True)
+    first.close()
+    (tmp_path / "llama.jsonl").rename(tmp_path / "away")
+    (tmp_path / "llama.jsonl").mkdir()  # reading it fails, as on a stale handle
+    second = opened(tmp_path, clock, started=started)
+    second.add([item(ALICE, 1, 1)])
+    spend(second, clock, 20, busy=True)
+    second.flush()
+    (tmp_path / "llama.jsonl").rmdir()
+    (tmp_path / "away").rename(tmp_path / "llama.jsonl")
+    second.flush()
+    assert second.totals() == {"ka": 112, "kb": 10}
+    spend(second, clock, 10, busy=False)
+    second.close()
+    third, warnings = read(tmp_path / "llama.jsonl")
+    assert not warnings and third.totals() == {"ka": 112, "kb": 10}
+    [time] = third.times.values()
+    assert (time.up, time.busy, time.until) == (60.0, 50.0, START + 60.0)
+
+
 def test_a_file_that_has_grown_is_written_anew(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
