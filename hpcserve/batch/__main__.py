@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..errors import MORE_TO_DO, HpcserveError, JobError
+from ..errors import MORE_TO_DO, HpcserveError, JobError, TooManyErrors
 from . import history
 from .api import process as api
 from .api.carrier import AT_ONCE
@@ -48,17 +48,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(directory: BatchDir, *, merge_apart: bool = False) -> int:
-    """Is there something to do that is worth loading a model for? Merging is not. Raises JobError, when the
-    last jobs got nothing done, RunError and StorageError."""
+    """Is there something to do that is worth loading a model for? Merging is not. Raises TooManyErrors, when
+    the job before stopped for them, JobError, when the last jobs got nothing done, RunError and
+    StorageError."""
     if settle(directory):
         print(f"{directory.out} is complete", file=sys.stderr)
         return COMPLETE
+    parts = history.read(directory)
+    if history.gave_up(parts, since=directory.asked):
+        raise TooManyErrors(
+            f"the job before stopped: {parts[-1].how}",
+            hint="when the cause is mended, the same command sends the rows that failed again",
+        )
     if answered(directory):
         return _finish(directory, partial(print, file=sys.stderr), merge_apart=merge_apart)
     if directory.stop.exists():
         print(f"the batch in {directory.out} was stopped; the same command goes on with it", file=sys.stderr)
         return COMPLETE
-    parts = history.read(directory)
     if history.stuck(parts, since=directory.asked):
         raise JobError(
             f"the last {history.STUCK} jobs of {directory.out} had no result: {parts[-1].how}",
@@ -77,18 +83,18 @@ def drive(directory: BatchDir, endpoint: Path, limits: Limits, *, merge_apart: b
     me = this_process(os.environ)
     progress = Progress()
     make_directory(directory.history)
-    how = "killed"
+    how, gave_up = "killed", False
     work = Work(directory, me)
     try:
         how = asyncio.run(_drive(work, Endpoint(endpoint), progress, limits))
     except HpcserveError as error:
-        how = error.message.splitlines()[0]
+        how, gave_up = error.message.splitlines()[0], isinstance(error, TooManyErrors)
         raise
     finally:
         try:
             work.close()
         finally:
-            history.note(directory, me.name, me.slurm_job, progress, how, endpoint)
+            history.note(directory, me.name, me.slurm_job, progress, how, endpoint, gave_up=gave_up)
     if how == "others":
         progress.note("all that is left is in the hands of other jobs")
         return COMPLETE

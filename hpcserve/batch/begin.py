@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, RunError
-from . import disk
+from . import disk, history
 from .finish import answered, settle
 from .inputs.files import Inputs, open_inputs
 from .layout import BatchDir
@@ -19,6 +19,7 @@ from .manifest import Asked, Manifest, check_same, describe, read_manifest
 from .outputs.writers import check_output
 from .planning import chosen_rows, make_plan
 from .prompts import Prompts, PromptSpec, RowError
+from .tally import forget_errors
 
 Output = Literal["openai", "jsonl", "parquet"]
 Order = Literal["input", "completion"]
@@ -67,6 +68,8 @@ class Begun(NamedTuple):
     complete: bool
     answered: bool
     """All that is left is to merge the answers."""
+    forgiven: int = 0
+    """Rows that failed in a job that stopped for it: they are sent again."""
 
 
 class Preview(NamedTuple):
@@ -87,11 +90,14 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
     output = request.format or _natural(inputs)
     if before is not None:
         check_same(before, describe(inputs, asked, output, request.order), directory)
-        complete = settle(directory)
-        if not complete:
-            directory.stop.unlink(missing_ok=True)
-            disk.write_whole(directory.asked, b"")
-        return Begun(directory, before, True, complete, complete or answered(directory))
+        if settle(directory):
+            return Begun(directory, before, True, True, True)
+        forgiven = 0
+        if directory.journals.exists() and history.gave_up(history.read(directory), since=directory.asked):
+            forgiven = forget_errors(directory.journals)
+        directory.stop.unlink(missing_ok=True)
+        disk.write_whole(directory.asked, b"")
+        return Begun(directory, before, True, False, answered(directory), forgiven)
     _check_new(directory, inputs, output, request)
     manifest = make_plan(
         directory, inputs, prompts, counter, asked, output=output, order=request.order, on_row=on_row

@@ -286,8 +286,8 @@ class Driver:
             raise TooManyErrors(
                 f"{seen.errors} of {seen.results} rows failed, more than --max-error-rate allows"
                 f" ({self._limits.error_rate:.0%}):\n{seen.first_errors()}",
-                hint="what was answered is kept; when the cause is outside the rows, give the same command"
-                " again with a higher --max-error-rate",
+                hint="what was answered is kept; when the cause is mended, the same command sends the rows"
+                " that failed again; a higher --max-error-rate takes their errors for results",
             )
 
     # Time

@@ -54,6 +54,8 @@ class Part(msgspec.Struct, frozen=True):
     attempts: dict[str, int]
     finish_reasons: dict[str, int]
     retries: dict[str, int]
+    gave_up: bool = False
+    """Too many rows failed."""
     units_per_gpu_hour: float | None = None
     """What its site charges."""
     pools: dict[str, Use] = {}
@@ -74,7 +76,14 @@ class Part(msgspec.Struct, frozen=True):
 
 
 def note(
-    directory: BatchDir, member: str, slurm_job: str | None, progress: Progress, how: str, endpoint: Path
+    directory: BatchDir,
+    member: str,
+    slurm_job: str | None,
+    progress: Progress,
+    how: str,
+    endpoint: Path,
+    *,
+    gave_up: bool = False,
 ) -> None:
     """Raises StorageError."""
     job = _job(endpoint.parent) if slurm_job is not None else _Job()
@@ -99,6 +108,7 @@ def note(
         attempts={str(count): rows for count, rows in sorted(progress.attempts.items())},
         finish_reasons=dict(progress.finish_reasons),
         retries=dict(progress.retries),
+        gave_up=gave_up,
         units_per_gpu_hour=job.units_per_gpu_hour,
         pools=progress.pools,
         course=progress.course.points,
@@ -121,12 +131,21 @@ def read(directory: BatchDir) -> list[Part]:
 
 def stuck(parts: Sequence[Part], *, since: Path) -> bool:
     """Did the last jobs get nothing done? Those before `since` was written don't count."""
+    last = _after(parts, since)[-STUCK:]
+    return len(last) == STUCK and not any(part.results for part in last)
+
+
+def gave_up(parts: Sequence[Part], *, since: Path) -> bool:
+    """Did a job stop since too many rows failed? Those before `since` was written don't count."""
+    return any(part.gave_up for part in _after(parts, since))
+
+
+def _after(parts: Sequence[Part], since: Path) -> list[Part]:
     try:
         asked = since.stat().st_mtime
     except OSError:
         asked = 0.0
-    last = [part for part in parts if part.ended > asked][-STUCK:]
-    return len(last) == STUCK and not any(part.results for part in last)
+    return [part for part in parts if part.ended > asked]
 
 
 class _Job(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StorageError
-from .journal import JournalReader, Kind, Records, epochs
+from .journal import JournalReader, Kind, Records, epochs, set_aside
 
 
 class Tally:
@@ -93,6 +93,23 @@ class Standing:
         self.offset[items] = records["offset"]
         self.length[items] = records["length"]
         self.is_error[items] = is_error
+
+
+def forget_errors(directory: Path) -> int:
+    """Have the errors in the journals not count any more; how many items had nothing better. Raises
+    StorageError."""
+    wrong: set[int] = set()
+    right: set[int] = set()
+    aside: dict[int, list[int]] = {}
+    for epoch, records in _all_records(directory):
+        errors = records[records["kind"] == Kind.ERROR]
+        wrong.update(errors["item"].tolist())
+        right.update(records["item"][records["kind"] == Kind.ANSWER].tolist())
+        aside.setdefault(epoch, []).extend(errors["offset"].tolist())
+    for epoch, offsets in aside.items():
+        if offsets:
+            set_aside(directory, epoch, offsets)
+    return len(wrong - right)
 
 
 def _all_records(directory: Path) -> Iterator[tuple[int, Records]]:

@@ -111,6 +111,8 @@ def _say_begun(begun: Begun) -> Begun:
         f"{what} {manifest.rows:,} rows, {manifest.items:,} requests, {counted}{manifest.prompt_tokens:,}"
         " prompt tokens"
     )
+    if begun.forgiven:
+        say(f"{begun.forgiven:,} of them failed when too many did, and are sent again")
     return begun
 
 

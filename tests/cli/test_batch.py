@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from hpcserve.batch.begin import BatchRequest, Model, begin
 from hpcserve.batch.journal import Entry, JournalWriter, Kind
 from hpcserve.batch.layout import BatchDir
 from hpcserve.batch.progress import Progress
-from hpcserve.errors import MORE_TO_DO, ConfigError, JobError
+from hpcserve.errors import MORE_TO_DO, ConfigError, JobError, TooManyErrors
 from hpcserve.slurm.local import job_processes
 from tests.patience import DEADLINE
 
@@ -219,6 +220,32 @@ def test_a_job_whose_rows_all_fail_ends_with_the_first_errors_and_status_9(user:
     assert nothing_left(user.runs / "one")
     assert state_of(user, "one") == "failed"
     assert not (user.home / "out/output.jsonl").exists()
+
+
+def test_rows_that_failed_when_too_many_did_are_sent_again(user: World) -> None:
+    written(user.home / "data.jsonl", [{"question": f"why {'x ' * 30}{number}"} for number in range(40)])
+    ask = (
+        "batch",
+        "model.yaml",
+        "data.jsonl",
+        "-o",
+        "out",
+        "--prompt-column",
+        "question",
+        "--format",
+        "openai",
+    )
+    answer = user(*ask, "--name", "one", "--set", "max_model_len=16")
+    assert answer.status == 9, answer.err
+    # A job that waited behind it would load its model for the same end.
+    with pytest.raises(TooManyErrors, match="rows failed"):
+        check(BatchDir(user.home / "out"))
+    answer = user(*ask, "--name", "two")
+    assert answer.status == 0, answer.err
+    assert re.search(r"\d+ of them failed when too many did, and are sent again", answer.err)
+    lines = [json.loads(line) for line in (user.home / "out/output.jsonl").read_text().splitlines()]
+    assert [line["error"] for line in lines] == [None] * 40
+    assert (user.home / "out/errors.jsonl").read_text() == ""
 
 
 # On a run that serves
