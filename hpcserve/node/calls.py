@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ..http.bearer import bearer
 from ..http.client import Pool, UpstreamError
 
 _ANSWER_LIMIT = 64 << 20
@@ -21,7 +22,7 @@ class Calls:
 
     def __init__(self, key: str, *, connect_timeout: float = 3.0) -> None:
         self._pool = Pool(connect_timeout=connect_timeout)
-        self._headers = ((b"authorization", b"Bearer " + key.encode()),)
+        self._headers = bearer(key)
 
     async def fetch(self, method: str, url: str, body: Any = None, *, seconds: float) -> tuple[int, bytes]:
         """Status and body. Raises CallFailed when there is no whole answer within `seconds`."""

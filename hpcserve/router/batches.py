@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
+from ..http.bearer import bearer
 from ..http.client import Pool
 from ..http.errors import Header, HttpError, UpstreamError
 from ..http.exchange import Exchange
@@ -75,7 +76,7 @@ class Batches:
     async def _ask(self, exchange: Exchange, address: Address, identity: Identity) -> UpstreamResponse:
         # Nothing else of the client's: it can't say who it is.
         headers: list[Header] = [header for header in exchange.headers if header[0] in _KEPT]
-        headers.append((b"authorization", b"Bearer " + address.token.encode()))
+        headers += bearer(address.token)
         if identity not in (RUN, ANYONE):
             headers.append((b"x-hpcserve-user", identity.name.encode()))
             headers.append((b"x-hpcserve-key", identity.key.encode()))

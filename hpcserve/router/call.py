@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from ..http.bearer import bearer
 from ..http.errors import Header, HttpError
 from ..http.exchange import Exchange
 from .routes import Route
@@ -129,8 +130,7 @@ class Call:
             headers = [header for header in headers if header[0] != b"content-type"]
             headers.append((b"content-type", b"application/json"))
         headers.append((b"x-request-id", (request_id or self.request_id).encode("ascii")))
-        if self.job_key is not None:
-            headers.append((b"authorization", b"Bearer " + self.job_key.encode()))
+        headers += bearer(self.job_key)
         return headers
 
 

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from ..config.model import Role
+from ..http.bearer import bearer
 from ..http.client import Pool
-from ..http.errors import Header, UpstreamError
+from ..http.errors import UpstreamError
 from ..http.response import UpstreamResponse
 from .workers import Worker
 
@@ -33,9 +34,7 @@ class Holders:
 
     def __init__(self, pool: Pool, job_key: str | None) -> None:
         self._pool = pool
-        self._headers: list[Header] = []
-        if job_key is not None:
-            self._headers.append((b"authorization", b"Bearer " + job_key.encode()))
+        self._headers = bearer(job_key)
         self._workers: OrderedDict[str, Worker] = OrderedDict()
 
     def keep(self, response_id: str, worker: Worker) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..engines.base import Engine
+from ..http.bearer import bearer
 from ..http.client import Pool
-from ..http.errors import Header, UpstreamError
+from ..http.errors import UpstreamError
 from .workers import Running, Worker, WorkerTable
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ class StallWatch:
         self._pool = pool
         self._path = engine.health_path
         self._paired = engine.paired
-        self._headers: list[Header] = []
-        if job_key is not None:
-            self._headers.append((b"authorization", b"Bearer " + job_key.encode()))
+        self._headers = bearer(job_key)
         self._suspect = suspect
         self._quiet = quiet
         self._seen: dict[Running, _Seen] = {}

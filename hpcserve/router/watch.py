@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from .. import engines
+from ..http.bearer import bearer
 from ..http.client import Pool
 from ..http.errors import UpstreamError
 from .config import RouterConfig, WorkerSpec
@@ -44,8 +45,7 @@ class Watch:
     def __init__(self, config: RouterConfig) -> None:
         engine = engines.get(config.engine)
         self._health, self._metrics = engine.health_path, engine.metrics_path
-        key = config.job_key
-        self._headers = [(b"authorization", b"Bearer " + key.encode())] if key is not None else []
+        self._headers = bearer(config.job_key)
         self._pool = Pool(connect_timeout=_PATIENCE)
         self._strikes: dict[str, int] = {}
         self._kick = asyncio.Event()

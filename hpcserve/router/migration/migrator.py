@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from ...engines.base import Engine
+from ...http.bearer import bearer
 from ...http.client import Pool
 from ...http.errors import HttpError
 from .. import choices
@@ -55,8 +56,7 @@ class Migrator:
     ) -> None:
         self.engine = engine
         self._metrics = metrics
-        headers = [] if job_key is None else [(b"authorization", b"Bearer " + job_key.encode())]
-        self.engines = Engines(pool, engine, headers)
+        self.engines = Engines(pool, engine, bearer(job_key))
 
     async def go_on(
         self,
