@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpcserve.node.agent.orphan import EVERY, PATIENCE, end_orphan
+from hpcserve.node.agent import orphan
+from hpcserve.node.agent.orphan import EVERY, PATIENCE, Pause
 from hpcserve.node.inputs import Inputs, load_inputs
 from tests.slurm.fake_slurm import FakeSlurm
 from tests.slurm.test_allocation import ORPHAN
@@ -46,13 +48,27 @@ def pauses(
     return taken, pause
 
 
+async def end_orphan(
+    inputs: Inputs, pause: Pause, *, rank: int = 1, head: tuple[str, int] | None = None
+) -> None:
+    """Without `head` its node does not answer."""
+
+    async def silent(address: str, port: int) -> bool:
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        if head is None:
+            patch.setattr(orphan, "_node_answers", silent)
+        await orphan.end_orphan(inputs, rank, head or ("", 0), pause)
+
+
 def looks(fake: FakeSlurm) -> int:
     return len(fake.calls("scontrol"))
 
 
 def test_an_orphan_is_cancelled_and_the_log_says_why(inputs: Inputs, fake: FakeSlurm) -> None:
     fake.says("scontrol", ORPHAN)
-    asyncio.run(end_orphan(inputs, 1, pauses()[1]))
+    asyncio.run(end_orphan(inputs, pauses()[1]))
     assert fake.calls() == ["scontrol show job --oneliner 29", "scancel 29"]
     [failed] = events(inputs.run, "failed")
     assert failed["message"] == "the head node n1 died" and failed["exit_code"] == 6
@@ -60,7 +76,7 @@ def test_an_orphan_is_cancelled_and_the_log_says_why(inputs: Inputs, fake: FakeS
 
 def test_an_orphan_that_slurm_may_start_again_is_put_back(inputs: Inputs, fake: FakeSlurm) -> None:
     fake.says("scontrol", ORPHAN.replace("Requeue=0", "Requeue=1"))
-    asyncio.run(end_orphan(inputs, 1, pauses()[1]))
+    asyncio.run(end_orphan(inputs, pauses()[1]))
     assert fake.calls() == ["scontrol show job --oneliner 29", "scontrol requeue 29"]
     assert [event["event"] for event in events(inputs.run)] == ["warning"]
 
@@ -71,15 +87,28 @@ def test_a_job_that_has_its_head_node_is_left_alone_until_slurm_drops_it(
     """Perhaps it is only our way to the head node that is cut, and other agents serve."""
     fake.says("scontrol", WHOLE)
     taken, pause = pauses(lambda number: fake.says("scontrol", ORPHAN) if number == 10 else None)
-    asyncio.run(end_orphan(inputs, 1, pause))
+    asyncio.run(end_orphan(inputs, pause))
     assert looks(fake) == 10 and fake.calls("scancel") == ["scancel 29"]
     assert taken[1:] == [EVERY] * 9
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_head_node_that_lives_ends_the_job_itself(inputs: Inputs, fake: FakeSlurm, listens: bool) -> None:
+    """Its controller hangs, or died: agents that stayed would keep the job script waiting."""
+    fake.says("scontrol", WHOLE)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = server.getsockname()
+        if not listens:
+            server.close()
+        taken, pause = pauses()
+        asyncio.run(end_orphan(inputs, pause, head=head))
+    assert looks(fake) == len(taken) == 1 and not fake.calls("scancel")
 
 
 def test_patience_ends(inputs: Inputs, fake: FakeSlurm) -> None:
     fake.says("scontrol", WHOLE)
     taken, pause = pauses()
-    asyncio.run(end_orphan(inputs, 1, pause))
+    asyncio.run(end_orphan(inputs, pause))
     assert sum(taken) == pytest.approx(PATIENCE, abs=EVERY)
     assert not fake.calls("scancel") and not events(inputs.run)
 
@@ -87,13 +116,13 @@ def test_patience_ends(inputs: Inputs, fake: FakeSlurm) -> None:
 @pytest.mark.parametrize("said", [ORPHAN.replace("RUNNING", "COMPLETING"), ""])
 def test_a_job_that_ends_already_is_not_ended_twice(inputs: Inputs, fake: FakeSlurm, said: str) -> None:
     fake.says("scontrol", said)
-    asyncio.run(end_orphan(inputs, 1, pauses()[1]))
+    asyncio.run(end_orphan(inputs, pauses()[1]))
     assert looks(fake) == 1 and not fake.calls("scancel") and not events(inputs.run)
 
 
 def test_a_signal_ends_the_looking(inputs: Inputs, fake: FakeSlurm) -> None:
     fake.says("scontrol", WHOLE)
-    asyncio.run(end_orphan(inputs, 1, pauses(end=3)[1]))
+    asyncio.run(end_orphan(inputs, pauses(end=3)[1]))
     assert looks(fake) == 2
 
 
@@ -105,7 +134,7 @@ def test_a_slurm_that_is_down_is_asked_again(inputs: Inputs, fake: FakeSlurm) ->
             fake.says("scontrol", ORPHAN)
             fake.says("scancel", "")
 
-    asyncio.run(end_orphan(inputs, 1, pauses(back)[1]))
+    asyncio.run(end_orphan(inputs, pauses(back)[1]))
     assert fake.calls("scancel") == ["scancel 29"]
 
 
@@ -114,13 +143,13 @@ def test_without_slurms_commands_on_the_node_the_user_is_told_what_to_do(
 ) -> None:
     """As in a container."""
     bare = replace(inputs, environ={**inputs.environ, "PATH": str(tmp_path)})
-    asyncio.run(end_orphan(bare, 1, pauses()[1]))
+    asyncio.run(end_orphan(bare, pauses()[1]))
     assert "end it: `scancel 29`" in capfd.readouterr().err
 
 
 def test_outside_slurm_nobody_is_asked(inputs: Inputs, fake: FakeSlurm) -> None:
     outside = {name: value for name, value in inputs.environ.items() if name != "SLURM_JOB_ID"}
-    asyncio.run(end_orphan(replace(inputs, environ=outside), 1, pauses()[1]))
+    asyncio.run(end_orphan(replace(inputs, environ=outside), pauses()[1]))
     assert not fake.calls()
 
 
@@ -129,6 +158,6 @@ def test_ranks_take_turns(inputs: Inputs, fake: FakeSlurm) -> None:
     firsts = []
     for rank in (1, 2, 500):
         taken, pause = pauses()
-        asyncio.run(end_orphan(inputs, rank, pause))
+        asyncio.run(end_orphan(inputs, pause, rank=rank))
         firsts.append(taken[0])
     assert firsts[0] < firsts[1] < firsts[2] == EVERY

@@ -36,6 +36,8 @@ from .replica_process import Patience, ReplicaProcess
 
 HEARTBEAT = 1.0
 _LEAST_PAUSE = 0.02
+_DISCARD = 9
+"""A port (RFC 863) that a node refuses which lives."""
 HEAD_WAIT = 120.0
 """Seconds for the first contact with the controller."""
 HEAD_LOST = 60.0
@@ -77,6 +79,7 @@ class Agent:
         self._leaders: Mapping[str, Leader] = {}
         self._head: Mapping[str, Any] | None = None
         """head.json of this attempt as it was last read; None until it must be read again."""
+        self._head_port = _DISCARD
         self._echoes = Echoes()
         self._signalled: float | None = None
         """When (monotonic) the first signal to end came."""
@@ -157,7 +160,8 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*supervisors, heart, news, return_exceptions=True)
         if self._lost is not None:
-            await end_orphan(self._inputs, self._rank, self._pause)
+            head = (self._roster.ranks[0].address, self._head_port)
+            await end_orphan(self._inputs, self._rank, head, self._pause)
             raise self._lost
 
     async def _pause(self, seconds: float) -> bool:
@@ -246,6 +250,7 @@ class Agent:
             self._head = await asyncio.to_thread(read_head, self._inputs)
             if self._head is None:
                 return False
+            self._head_port = int(self._head["port"])
         body = {
             "rank": self._rank,
             "node": self._facts.node,

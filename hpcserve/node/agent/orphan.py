@@ -23,12 +23,17 @@ PATIENCE = 1800.0
 _BETWEEN = 0.5
 """Seconds between the first looks of two ranks: they gave up together, and one of them is enough."""
 
+_CONNECT = 5.0
+
 Pause = Callable[[float], Awaitable[bool]]
 """Wait so many seconds; True when the agent is to go at once."""
 
 
-async def end_orphan(inputs: Inputs, rank: int, pause: Pause) -> None:
-    """Returns when the job is ended or ends by itself, when `pause` says so, or when patience is over."""
+async def end_orphan(inputs: Inputs, rank: int, head: tuple[str, int], pause: Pause) -> None:
+    """Returns when the job is ended or can end by itself, when `pause` says so, or when patience is over.
+
+    `head`: address and port of the controller; the port need not be served any more.
+    """
     job = inputs.environ.get("SLURM_JOB_ID")
     if inputs.plan.site.scheduler != "slurm" or not job:
         return
@@ -42,6 +47,10 @@ async def end_orphan(inputs: Inputs, rank: int, pause: Pause) -> None:
             if allocation.orphaned:
                 await asyncio.to_thread(_end, inputs, slurm, job, allocation)
                 return
+            if await _node_answers(*head):
+                # It is the controller alone that is lost: the job script is there, and ends the job once the
+                # agents have gone.
+                return
         except SlurmDown as error:
             # The next look is the retry.
             warn(error.message, error.hint)
@@ -51,6 +60,19 @@ async def end_orphan(inputs: Inputs, rank: int, pause: Pause) -> None:
             return
         waited += wait
         wait = EVERY
+
+
+async def _node_answers(address: str, port: int) -> bool:
+    """Does its kernel take the connection, or refuse it?"""
+    try:
+        async with asyncio.timeout(_CONNECT):
+            _, writer = await asyncio.open_connection(address, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 def _end(inputs: Inputs, slurm: SlurmScheduler, job: str, allocation: Allocation) -> None:
