@@ -19,6 +19,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from hpcserve.slurm.allocation import read_allocation
+
 from . import testbed
 from .launched import Launches
 from .test_batch import MODEL, Batch
@@ -48,6 +50,8 @@ class Chaos:
         self._random = random.Random(seed)
         self.killed: Counter[str] = Counter()
         self.jobs = 0
+        self.freed = 0
+        """Jobs whose head node died in their last seconds, when no agent was left to end them."""
         lines = []
         for number in range(rows):
             body = {
@@ -71,6 +75,7 @@ class Chaos:
         while not self._batch.complete:
             if time.monotonic() - began > _PATIENCE:
                 raise TimeoutError(f"not complete after {_PATIENCE:g} s, with {dict(self.killed)} killed")
+            self._free_orphans()
             self._submit()
             time.sleep(0.5)
             done = self._batch.done
@@ -107,6 +112,16 @@ class Chaos:
             self.jobs += 1
             if self._batch.complete:
                 return
+
+    def _free_orphans(self) -> None:
+        """What their user does with `scancel`: Slurm would keep the nodes until the walltime."""
+        for job in self._cluster.slurm("squeue", "--noheader", "--states=R", "--format=%i").split():
+            allocation = read_allocation(self._cluster.slurm("scontrol", "show", "job", "--oneliner", job))
+            if allocation is None or not allocation.orphaned:
+                continue
+            if not any(self._cluster.commands_of(USER, node) for node in allocation.nodes):
+                self._cluster.as_user(USER, ["scancel", job])
+                self.freed += 1
 
     def _kill(self) -> bool:
         victim = self._random.choices([*VICTIMS, NODE], weights=[3, 4, 2, 2, 1, 1])[0]
@@ -157,6 +172,7 @@ def main() -> int:
         finally:
             testbed.down()
     print(f"{options.rows} rows, killed {dict(chaos.killed)}; {chaos.jobs} jobs in {seconds:.0f} s")
+    print(f"{chaos.freed} jobs lost their head node in their last seconds and were cancelled by hand")
     print(chaos.verdict())
     return 0
 
