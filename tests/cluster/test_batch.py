@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,12 @@ class Batch:
 
     @property
     def done(self) -> int:
-        """Lines in the journals."""
-        return sum(path.read_bytes().count(b"\n") for path in self.out.glob(".batch/journals/*.data"))
+        """Lines in the journals; those that the merge removes meanwhile don't count."""
+        lines = 0
+        for path in self.out.glob(".batch/journals/*.data"):
+            with suppress(FileNotFoundError):
+                lines += path.read_bytes().count(b"\n")
+        return lines
 
     @property
     def complete(self) -> bool:
