@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import h11
 
+from tests.patience import DEADLINE
 from tests.router.live import LiveRouter, worker
 
 from .answers import Broken, Replies, Reply
@@ -18,7 +19,6 @@ from .mutations import Mutator
 from .recorder import MARK, Recorder, Seen
 
 LANES = 12
-_ANSWERED = 5.0
 _QUIET = 0.03
 _KEPT = 20_000
 """Recorded requests a slow lane may still ask about."""
@@ -232,7 +232,7 @@ class RequestFuzz:
         answered = len(replies)
         ended = bool(replies) and (replies[-1].closes or replies[-1].status >= 400)
         if view.state in ("idle", "closed") and answered < len(view.requests) and not ended:
-            return f"{answered} answers to {len(view.requests)} requests within {_ANSWERED} s"
+            return f"{answered} answers to {len(view.requests)} requests within {DEADLINE:g} s"
         if answered < len(view.requests) or view.state == "part":
             self._known.update(view.requests)
         elif view.state == "error" and lenient(data) is not None:
@@ -259,7 +259,7 @@ class RequestFuzz:
                     if settled and not due and parser.clean:
                         return found
                     try:
-                        async with asyncio.timeout(_ANSWERED if due else _QUIET):
+                        async with asyncio.timeout(DEADLINE if due else _QUIET):
                             data = await reader.read(65536)
                     except TimeoutError:
                         return found
