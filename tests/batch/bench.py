@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hpcserve.batch.begin import BatchRequest, Model, begin
 from tests.models import smollm2
@@ -76,7 +77,7 @@ def run(
     if input_order:
         planned = begin(
             BatchRequest(inputs=[str(data)], output=out),
-            Model(served_name="toy", path="org/tiny", revision=None),
+            Model(served_name="toy", path=yaml.safe_load(model_text)["model"], revision=None),
         )
         # The command goes on with this plan, in another order.
         np.arange(planned.manifest.items, dtype="<u8").tofile(planned.directory.plan / "order.bin")
