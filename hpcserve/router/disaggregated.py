@@ -14,9 +14,11 @@ import msgspec
 from msgspec.structs import replace
 
 from ..engines.base import Engine
+from . import handover
 from .call import Call
 from .config import RouterConfig
 from .demand import Demand
+from .handover import Handover, Receiving
 from .legs import (
     FAILED,
     PREFILL_FAILED,
@@ -41,9 +43,9 @@ PREFILL_ANSWER_MAX = 64 * 1024 * 1024
 
 
 class _Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the prefill leg left: the body for the decode leg, and until when it is good."""
+    """What the prefill leg left, and until when it is good."""
 
-    body: bytes
+    left: Handover
     decision: Decision
     worker: Worker | None
     """Who keeps its KV; None: the decode worker computes the prompt."""
@@ -113,6 +115,9 @@ class TwoLegs:
                 failed_prefill = set()
                 if prompt is None:
                     break
+                if prompt.left.answer is not None:
+                    await prompt.left.deliver(delivery)
+                    return prompt.decision
             worker = prompt.decision.answering
             if worker in tried or worker.gone:
                 other = self._placer.place(
@@ -130,8 +135,9 @@ class TwoLegs:
             failed = FAILED if prompt.worker is not None else UNAVAILABLE
             self._placer.placed(decision, demand, now())
             try:
+                receiving = Receiving(delivery, self._engine, worker) if prompt.worker else delivery
                 await self._legs.send(
-                    replace(whole, body=prompt.body), worker, decision, delivery,
+                    replace(whole, body=prompt.left.body), worker, decision, receiving,
                     first_byte_timeout=patience, failed=failed,
                 )  # fmt: skip
                 return decision
@@ -219,12 +225,11 @@ class TwoLegs:
             # Decode is asked alone and has the last word: what it refuses, the client sees in its words.
             return self._local(call, body, decision, "prefill_refused", None)
         try:
-            decode_body = self._engine.decode_request(body, msgspec.json.decode(answer.body))
-        except (KeyError, AttributeError, msgspec.DecodeError):
+            left = handover.read(self._engine, self._metrics, body, [answer.body], stream=call.streams)
+        except handover.UNREADABLE:
             return self._local(call, body, decision, "no_kv", f"{worker.name} kept no KV blocks")
-        self._metrics.kv_legs.add(("result", "transferred"))
         return _Prompt(
-            body=msgspec.json.encode(decode_body),
+            left=left,
             decision=decision,
             worker=worker,
             stale_at=answer.arrived + self._lease * 0.5,
@@ -240,7 +245,7 @@ class TwoLegs:
             if told not in call.warnings:
                 call.warnings.append(told)
         return _Prompt(
-            body=msgspec.json.encode(body),
+            left=Handover(body=msgspec.json.encode(body)),
             decision=replace(decision, prefill=None),
             worker=None,
             stale_at=float("inf"),
