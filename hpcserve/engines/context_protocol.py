@@ -35,7 +35,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def prefill_request(body: Json) -> Json:
-    """The client's request as `context_only`. Raises ValueError where it has to be answered by one replica."""
+    """The client's request as `context_only`. Raises ValueError where only one replica can answer it."""
     if _value(body, "logprobs"):
         # `disaggregated_params` has no place for the first token's.
         raise ValueError("the probabilities of the first token stay on the prefill replica")

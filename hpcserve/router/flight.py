@@ -252,9 +252,7 @@ class Flight:
         self._pieces.append(data)
         self._size += len(data)
         if self._size > PREFILL_ANSWER_MAX:
-            self._lose(
-                LegFailure("too-large", worker, f"the answer is larger than {PREFILL_ANSWER_MAX} bytes")
-            )
+            self._lose(LegFailure("too-large", worker, f"the answer has over {PREFILL_ANSWER_MAX} bytes"))
             return
         if not last:
             return

@@ -6,7 +6,6 @@ import pytest
 
 from hpcserve.router.stream.asked import count
 
-
 COUNT = {"include_usage": True, "continuous_usage_stats": False}
 
 
