@@ -115,6 +115,9 @@ class Engine(ABC):
         usage included. None: decode writes it. Raises KeyError for a response that is no answer."""
         return None
 
+    recomputes: ClassVar[bool] = True
+    """A decode replica whose KV blocks do not come computes the prompt itself."""
+
     def transfer_failed(self, status: int, body: bytes) -> bool:
         """Does a decode replica say that the KV blocks did not come? `body` is the answer's first piece.
 

@@ -98,6 +98,7 @@ class ContextEngine(Engine):
 
     # It says where a decode replica connects to.
     router_members = (_PARAMS,)
+    recomputes = False
 
     def diagnose(self, log_tail: str, exit_status: int | None) -> Failure:
         return causes.diagnose(log_tail, exit_status)

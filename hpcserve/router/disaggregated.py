@@ -95,6 +95,8 @@ class TwoLegs:
         headers = call.engine_headers(request_id=request_id, encoded=True)
         whole = Request(target=target, headers=headers, body=b"", streams=call.streams, demand=demand)
         tried: set[Worker] = set(avoid)
+        without_kv: set[Worker] = set()
+        """Of those that were tried, the ones that may just not have got their KV."""
         failed_prefill: set[Worker] = set()
         first = 0
         if failure is not None:
@@ -103,15 +105,21 @@ class TwoLegs:
             else:
                 tried.add(failure.worker)
                 first = 1
+                if self._lacked_kv(failure):
+                    without_kv.add(failure.worker)
         prompt: _Prompt | None = None
         patience = self._legs.first_byte_timeout if call.streams else None
         now = asyncio.get_running_loop().time
         attempts = call.attempts(self._legs.attempts)
         for attempt in range(first, attempts):
-            if not call.serving.with_role("decode"):
+            answering = call.serving.with_role("decode")
+            if not answering:
                 break
+            alone = bool(without_kv) and tried.issuperset(answering)
+            if alone:
+                tried -= without_kv
             if prompt is None or not prompt.usable(now()):
-                prompt = await self._prefill(call, whole, body, tried, failed_prefill)
+                prompt = await self._prefill(call, whole, body, tried, failed_prefill, alone=alone)
                 failed_prefill = set()
                 if prompt is None:
                     break
@@ -147,22 +155,35 @@ class TwoLegs:
                 failure = error
                 if prompt.worker is not None:
                     doubt_giver(error, prompt.worker, now())
+                    if self._lacked_kv(error):
+                        without_kv.add(worker)
                 if error.fault != "connect":
                     # It may have pulled the blocks, and then they are free for other prompts.
                     prompt = None
         raise failure.http_error() if failure else no_worker("decode")
 
+    def _lacked_kv(self, failure: LegFailure) -> bool:
+        """Could the worker have answered, had it been asked to compute the prompt itself?"""
+        return not self._engine.recomputes and failure.fault in ("status", "reset", "protocol")
+
     async def _prefill(
-        self, call: Call, whole: Request, body: Fields, tried: Collection[Worker], failed: set[Worker]
+        self,
+        call: Call,
+        whole: Request,
+        body: Fields,
+        tried: Collection[Worker],
+        failed: set[Worker],
+        *,
+        alone: bool,
     ) -> _Prompt | None:
-        """Choose the workers, and compute the prompt where it is computed on a prefill worker. Those that
-        fail are added to `failed`.
+        """Choose the workers, and compute the prompt where it is computed on a prefill worker, which with
+        `alone` it is not. Those that fail are added to `failed`.
 
         None: no decode worker is left.
         """
-        reason = needs_local_prefill(body)
+        reason = "kv_failed" if alone else needs_local_prefill(body)
         leg = b""
-        warning: str | None = None
+        warning = "no KV blocks came" if alone else None
         if reason is None:
             try:
                 leg = msgspec.json.encode(self._engine.prefill_request(body))
