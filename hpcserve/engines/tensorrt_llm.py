@@ -38,7 +38,6 @@ RESERVED: Mapping[str, str] = {
     "max-seq-len": "use the top-level key `max_model_len`",
     "host": _INSIDE,
     "port": _INSIDE,
-    "grpc": "hpcserve guards the engine's HTTP server with its key; gRPC would stand open",
     "backend": "hpcserve runs TensorRT-LLM's PyTorch backend",
     "config": "write the file's settings into `engine_args`",
     "extra-llm-api-options": "write the file's settings into `engine_args`",
@@ -223,7 +222,7 @@ def _key(flag: str) -> str:
 def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
     env = variables.common(context)
-    interface = context.plan.site.network.control_interface
+    interface = env.get("GLOO_SOCKET_IFNAME")
     if interface is not None and context.replica.role != "aggregated":
         # Whose address its NIXL agents tell each other (cpp/tensorrt_llm/common/envUtils.cpp).
         env.setdefault("TRTLLM_NIXL_INTERFACE", interface)
