@@ -105,8 +105,6 @@ class TwoLegs:
             else:
                 tried.add(failure.worker)
                 first = 1
-                if self._lacked_kv(failure):
-                    without_kv.add(failure.worker)
         prompt: _Prompt | None = None
         patience = self._legs.first_byte_timeout if call.streams else None
         now = asyncio.get_running_loop().time
@@ -246,7 +244,7 @@ class TwoLegs:
             # Decode is asked alone and has the last word: what it refuses, the client sees in its words.
             return self._local(call, body, decision, "prefill_refused", None)
         try:
-            left = handover.read(self._engine, self._metrics, body, [answer.body], stream=call.streams)
+            left = handover.read(self._engine, self._metrics, body, answer.body, stream=call.streams)
         except handover.UNREADABLE:
             return self._local(call, body, decision, "no_kv", f"{worker.name} kept no KV blocks")
         return _Prompt(

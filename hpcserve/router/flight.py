@@ -15,7 +15,6 @@ from ..http.errors import Header, HttpError, UpstreamError
 from ..http.exchange import Exchange
 from ..http.response import UpstreamResponse
 from ..http.upstream import Origin, UpstreamConnection
-from . import handover
 from .call import Call
 from .demand import Demand
 from .disaggregated import PREFILL_ANSWER_MAX, doubt_giver
@@ -25,7 +24,7 @@ from .placement.decision import Decision
 from .relay import count_broken, inter_token, is_stream
 from .routes import CHAT
 from .stream.asked import Asked, Fields, splice
-from .stream.generated import EngineFault, GeneratedStream
+from .stream.generated import GIVEN_UP, EngineFault, GeneratedStream, given_up
 from .stream.pumping import Ride
 from .workers import Seat, Worker
 
@@ -252,25 +251,26 @@ class Flight:
         self._pieces.append(data)
         self._size += len(data)
         if self._size > PREFILL_ANSWER_MAX:
-            self._lose(LegFailure("too-large", worker, f"the answer has over {PREFILL_ANSWER_MAX} bytes"))
+            what = f"the answer is larger than {PREFILL_ANSWER_MAX} bytes"
+            self._lose(LegFailure("too-large", worker, what))
             return
         if not last:
             return
+        answer = b"".join(self._pieces)
+        if GIVEN_UP in answer:
+            raise given_up()
         router = self._path.router
         if self._status >= 400 or decision.answering.gone:
             self._again()
             return
         try:
-            left = handover.read(router.engine, router.metrics, self._fields, self._pieces, stream=True)
-        except handover.UNREADABLE:
+            body = router.engine.decode_request(self._fields, msgspec.json.decode(answer))
+        except (KeyError, AttributeError, msgspec.DecodeError):
             self._again()
             return
-        if left.answer is not None:
-            self._headers = left.headers
-            self._pass_on(left.answer, last=True)
-            return
+        router.metrics.kv_legs.add(("result", "transferred"))
         self._leave_worker()
-        self._ask(decision.answering, left.body, self._path.loop.time())
+        self._ask(decision.answering, msgspec.json.encode(body), self._path.loop.time())
 
     def _pass_on(self, data: bytes, *, last: bool) -> None:
         stream, exchange = self._stream, self._exchange

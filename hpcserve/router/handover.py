@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from ..engines.base import Engine
@@ -12,7 +10,6 @@ from ..http.response import UpstreamResponse
 from .legs import Delivery, LegFailure, refusal
 from .metrics import Metrics
 from .stream.asked import Fields
-from .stream.generated import GIVEN_UP, given_up
 from .workers import Worker
 
 UNREADABLE = (KeyError, AttributeError, msgspec.DecodeError)
@@ -37,16 +34,11 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         await delivery.deliver(response, await response.next_chunk())
 
 
-def read(
-    engine: Engine, metrics: Metrics, body: Fields, pieces: Iterable[bytes], *, stream: bool
-) -> Handover:
-    """`pieces` are a prefill worker's answer to the request with `body`.
+def read(engine: Engine, metrics: Metrics, body: Fields, answer: bytes, *, stream: bool) -> Handover:
+    """`answer` is a prefill worker's to the request with `body`.
 
-    Raises EngineFault for one that it gave up, and what UNREADABLE names where it kept no KV blocks.
+    Raises what UNREADABLE names where it kept no KV blocks.
     """
-    answer = b"".join(pieces)
-    if GIVEN_UP in answer:
-        raise given_up()
     response = msgspec.json.decode(answer)
     early = engine.early_answer(response, stream=stream)
     if early is not None:

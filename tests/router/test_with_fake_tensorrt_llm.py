@@ -188,7 +188,7 @@ def test_an_answer_that_ends_with_its_first_token_comes_from_prefill(
     assert [each.choices[0].finish_reason for each in answers] == ["stop", "stop"]
     assert answers[0].usage.completion_tokens == 1
     assert "disaggregated_params" not in str(answers[0].choices[0].model_dump(exclude_none=True))
-    # As a stream, with callbacks and, for two choices, with a task.
+    # As a stream, and as one that is joined from two.
     for n in (1, 2):
         heard, reasons = "", []
         for chunk in ask(ours, **asked, stream=True, n=n, stream_options={"include_usage": True}):
