@@ -70,8 +70,8 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "mpi",
-        r"MPI_ERR_SPAWN|not enough slots available in the system|(ORTE|PRTE|PMIX)_ERROR_LOG"
-        r"|PMI[xX]_Init failed|MPI_Init_thread.*(fail|error)",
+        r"MPI\.Exception: MPI_ERR_\w+|OPAL ERROR|(ORTE|PRTE|PMIX)_ERROR_LOG|MPI_Init_thread.*(fail|error)"
+        r"|not enough slots available in the system|detected an attempt to run as root",
         "TensorRT-LLM starts a worker for each GPU by MPI: is the Open MPI in its environment whole?",
         retry=True,
     ),

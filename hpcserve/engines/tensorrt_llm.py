@@ -83,6 +83,14 @@ COMMAND_ONLY = frozenset(
         "tool-parser",
     }
 )
+# In a container its user can be root, and what an image says to Open MPI about that is gone with the other
+# variables of MPI.
+_AS_ROOT = (
+    "OMPI_ALLOW_RUN_AS_ROOT",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
+    "PRTE_ALLOW_RUN_AS_ROOT",
+    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM",
+)
 _TRANSFER = "cache-transceiver-config"
 _OVERLAP = "disable-overlap-scheduler"
 
@@ -221,7 +229,7 @@ def _key(flag: str) -> str:
 
 def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
-    env = variables.common(context)
+    env = {**dict.fromkeys(_AS_ROOT, "1"), **variables.common(context)}
     interface = env.get("GLOO_SOCKET_IFNAME")
     if interface is not None and context.replica.role != "aggregated":
         # Whose address its NIXL agents tell each other (cpp/tensorrt_llm/common/envUtils.cpp).
