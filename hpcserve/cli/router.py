@@ -37,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("vllm", "sglang", "fake"),
+        choices=("vllm", "sglang", "tensorrt-llm", "fake"),
         default="vllm",
         help="what they are (default: %(default)s)",
     )

@@ -89,8 +89,8 @@ class ModelSpec:
     served_name: str | None = key(
         "Name clients put in `model`. Default: the last part of `model`.", None, pattern=r"[\w.\-/:]+"
     )
-    engine: Literal["vllm", "sglang", "fake"] = key(
-        "The server program of each replica.", "vllm", choices=("vllm", "sglang", "fake")
+    engine: Literal["vllm", "sglang", "tensorrt-llm", "fake"] = key(
+        "The server program of each replica.", "vllm", choices=("vllm", "sglang", "tensorrt-llm", "fake")
     )
     engine_args: Mapping[str, Any] = key(
         "Flags handed to the engine as they are; `true` gives a bare flag.",

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the fake engine's process comes through here and needs none of it
     from .base import Engine
 
-_MODULES = {"vllm": ("vllm", "VLLM"), "sglang": ("sglang", "SGLang"), "fake": ("fake", "Fake")}
+_MODULES = {
+    "vllm": ("vllm", "VLLM"),
+    "sglang": ("sglang", "SGLang"),
+    "tensorrt-llm": ("tensorrt_llm", "TensorRTLLM"),
+    "fake": ("fake", "Fake"),
+}
 
 
 def get(name: str) -> Engine:

@@ -53,6 +53,8 @@ class EngineCommand:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     """Secrets are not here: the agent adds the job key under `Engine.key_variable`."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Texts the process reads, by name below `scratch`. The agent writes them, for its own user alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class Failure:
     """What an engine's log says about its death."""
 
     cause: str
-    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `disk-full`, `nixl`, `unknown`."""
+    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `disk-full`, `mpi`, `nixl`, `unknown`."""
     message: str
     hint: str
     retry: bool
@@ -107,6 +109,21 @@ class Engine(ABC):
     def decode_request(self, body: Json, prefill_response: Json) -> Json:
         """The body for the decode leg. Raises KeyError when the prefill leg kept no KV blocks."""
         raise NotImplementedError
+
+    def early_answer(self, prefill_response: Json, *, stream: bool) -> bytes | None:
+        """The client's answer, where it ended with the prefill leg's token: JSON, or the events of a stream,
+        usage included. None: decode writes it. Raises KeyError for a response that is no answer."""
+        return None
+
+    recomputes: ClassVar[bool] = True
+    """A decode replica whose KV blocks do not come computes the prompt itself."""
+
+    def transfer_failed(self, status: int, body: bytes) -> bool:
+        """Does a decode replica say that the KV blocks did not come? `body` is the answer's first piece.
+
+        Beyond a status of 500, which may be about that with any engine.
+        """
+        return False
 
     def pair_requests(self, body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Json, Json]:
         """The bodies for prefill and decode, each time with a meeting place of their own. `url` and `ports`

@@ -1,7 +1,8 @@
 """Why an engine died, from the last lines of its log.
 
-Patterns are texts of vLLM 0.32, SGLang 0.5.23, PyTorch, Python, huggingface_hub and NIXL 1.5; the first that
-matches anywhere in the tail decides, so they go from the certain to the vague.
+Patterns are texts of vLLM 0.32, SGLang 0.5.23, TensorRT-LLM 1.2 with click and Open MPI, PyTorch, Python,
+huggingface_hub and NIXL 1.5; the first that matches anywhere in the tail decides, so they go from the certain
+to the vague.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CAUSES: tuple[Cause, ...] = (
         "bad-flag",
         r"unrecognized arguments:|error: argument --|error: ambiguous option|invalid choice:"
         r"|error: the following arguments are required|Extra inputs are not permitted"
-        r"|expected (at least )?one argument",
+        r"|expected (at least )?one argument|Error: No such option|Error: Invalid value for",
         "correct `engine_args` in model.yaml: this version of the engine does not take that flag or value",
     ),
     _cause(
@@ -66,6 +67,13 @@ CAUSES: tuple[Cause, ...] = (
         r"|Can't load the configuration|cannot find the requested files in the (disk|local) cache"
         r"|couldn't connect to 'https://huggingface\.co'",
         "give `model` as a path that every node can read, or download it on the login node first",
+    ),
+    _cause(
+        "mpi",
+        r"MPI\.Exception: MPI_ERR_\w+|OPAL ERROR|(ORTE|PRTE|PMIX)_ERROR_LOG|MPI_Init_thread.*(fail|error)"
+        r"|not enough slots available in the system|detected an attempt to run as root",
+        "TensorRT-LLM starts a worker for each GPU by MPI: is the Open MPI in its environment whole?",
+        retry=True,
     ),
     _cause(
         "nixl",

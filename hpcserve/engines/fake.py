@@ -13,7 +13,7 @@ from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
 
 _OURS = "hpcserve sets it from the plan"
-_DIALECT = "a run of the fake engine speaks vLLM's protocols; SGLang's are for tests of the router"
+_DIALECT = "a run of the fake engine speaks vLLM's protocols; others' are for tests of the router"
 RESERVED: Mapping[str, str] = {
     "model": "use the top-level key `model`",
     "served-model-name": "use the top-level key `served_name`",

@@ -25,6 +25,7 @@ class Abilities:
 ABILITIES: Mapping[str, Abilities] = {
     "vllm": Abilities(title="vLLM"),
     "sglang": Abilities(title="SGLang", staged_decode=True),
+    "tensorrt-llm": Abilities(title="TensorRT-LLM", spans_nodes=False, staged_decode=True),
     "fake": Abilities(title="the fake engine", spans_nodes=False, weights=False, nixl=False),
 }
-"""By the name in model.yaml. Of vLLM 0.32 and SGLang 0.5.23."""
+"""By the name in model.yaml. Of vLLM 0.32, SGLang 0.5.23 and TensorRT-LLM 1.2.1."""

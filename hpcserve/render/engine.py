@@ -16,6 +16,8 @@ _VARIABLE = re.compile(
     r"\$(?:ADDRESS|HEAD_ADDRESS|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
+_END = "END_OF_FILE"
+
 Placed = tuple[ReplicaPlan, int, EngineCommand]
 """A replica, one of its nodes (the rank), and the process there."""
 
@@ -75,6 +77,8 @@ def _blocks(placed: list[Placed]) -> Iterator[str]:
     for replica, rank, command in placed:
         gpus = ",".join(map(str, replica.gpus))
         yield f"# {replica.name} on node {rank}, slots {gpus}"
+        for file, text in command.files.items():
+            yield f"cat > \"$SCRATCH/{file}\" <<'{_END}'\n{text.rstrip()}\n{_END}"
         yield "env \\"
         for name, value in sorted(command.env.items()):
             yield f"  {_word(f'{name}={value}')} \\"

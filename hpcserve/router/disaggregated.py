@@ -14,9 +14,11 @@ import msgspec
 from msgspec.structs import replace
 
 from ..engines.base import Engine
+from . import handover
 from .call import Call
 from .config import RouterConfig
 from .demand import Demand
+from .handover import Handover, Receiving
 from .legs import (
     FAILED,
     PREFILL_FAILED,
@@ -41,9 +43,9 @@ PREFILL_ANSWER_MAX = 64 * 1024 * 1024
 
 
 class _Prompt(msgspec.Struct, frozen=True, kw_only=True):
-    """What the prefill leg left: the body for the decode leg, and until when it is good."""
+    """What the prefill leg left, and until when it is good."""
 
-    body: bytes
+    left: Handover
     decision: Decision
     worker: Worker | None
     """Who keeps its KV; None: the decode worker computes the prompt."""
@@ -93,6 +95,8 @@ class TwoLegs:
         headers = call.engine_headers(request_id=request_id, encoded=True)
         whole = Request(target=target, headers=headers, body=b"", streams=call.streams, demand=demand)
         tried: set[Worker] = set(avoid)
+        without_kv: set[Worker] = set()
+        """Of those that were tried, the ones that may just not have got their KV."""
         failed_prefill: set[Worker] = set()
         first = 0
         if failure is not None:
@@ -106,13 +110,20 @@ class TwoLegs:
         now = asyncio.get_running_loop().time
         attempts = call.attempts(self._legs.attempts)
         for attempt in range(first, attempts):
-            if not call.serving.with_role("decode"):
+            answering = call.serving.with_role("decode")
+            if not answering:
                 break
+            alone = bool(without_kv) and tried.issuperset(answering)
+            if alone:
+                tried -= without_kv
             if prompt is None or not prompt.usable(now()):
-                prompt = await self._prefill(call, whole, body, tried, failed_prefill)
+                prompt = await self._prefill(call, whole, body, tried, failed_prefill, alone=alone)
                 failed_prefill = set()
                 if prompt is None:
                     break
+                if prompt.left.answer is not None:
+                    await prompt.left.deliver(delivery)
+                    return prompt.decision
             worker = prompt.decision.answering
             if worker in tried or worker.gone:
                 other = self._placer.place(
@@ -130,8 +141,9 @@ class TwoLegs:
             failed = FAILED if prompt.worker is not None else UNAVAILABLE
             self._placer.placed(decision, demand, now())
             try:
+                receiving = Receiving(delivery, self._engine, worker) if prompt.worker else delivery
                 await self._legs.send(
-                    replace(whole, body=prompt.body), worker, decision, delivery,
+                    replace(whole, body=prompt.left.body), worker, decision, receiving,
                     first_byte_timeout=patience, failed=failed,
                 )  # fmt: skip
                 return decision
@@ -141,22 +153,35 @@ class TwoLegs:
                 failure = error
                 if prompt.worker is not None:
                     doubt_giver(error, prompt.worker, now())
+                    if self._lacked_kv(error):
+                        without_kv.add(worker)
                 if error.fault != "connect":
                     # It may have pulled the blocks, and then they are free for other prompts.
                     prompt = None
         raise failure.http_error() if failure else no_worker("decode")
 
+    def _lacked_kv(self, failure: LegFailure) -> bool:
+        """Could the worker have answered, had it been asked to compute the prompt itself?"""
+        return not self._engine.recomputes and failure.fault in ("status", "reset", "protocol")
+
     async def _prefill(
-        self, call: Call, whole: Request, body: Fields, tried: Collection[Worker], failed: set[Worker]
+        self,
+        call: Call,
+        whole: Request,
+        body: Fields,
+        tried: Collection[Worker],
+        failed: set[Worker],
+        *,
+        alone: bool,
     ) -> _Prompt | None:
-        """Choose the workers, and compute the prompt where it is computed on a prefill worker. Those that
-        fail are added to `failed`.
+        """Choose the workers, and compute the prompt where it is computed on a prefill worker, which with
+        `alone` it is not. Those that fail are added to `failed`.
 
         None: no decode worker is left.
         """
-        reason = needs_local_prefill(body)
+        reason = "kv_failed" if alone else needs_local_prefill(body)
         leg = b""
-        warning: str | None = None
+        warning = "no KV blocks came" if alone else None
         if reason is None:
             try:
                 leg = msgspec.json.encode(self._engine.prefill_request(body))
@@ -219,12 +244,11 @@ class TwoLegs:
             # Decode is asked alone and has the last word: what it refuses, the client sees in its words.
             return self._local(call, body, decision, "prefill_refused", None)
         try:
-            decode_body = self._engine.decode_request(body, msgspec.json.decode(answer.body))
-        except (KeyError, AttributeError, msgspec.DecodeError):
+            left = handover.read(self._engine, self._metrics, body, answer.body, stream=call.streams)
+        except handover.UNREADABLE:
             return self._local(call, body, decision, "no_kv", f"{worker.name} kept no KV blocks")
-        self._metrics.kv_legs.add(("result", "transferred"))
         return _Prompt(
-            body=msgspec.json.encode(decode_body),
+            left=left,
             decision=decision,
             worker=worker,
             stale_at=answer.arrived + self._lease * 0.5,
@@ -240,7 +264,7 @@ class TwoLegs:
             if told not in call.warnings:
                 call.warnings.append(told)
         return _Prompt(
-            body=msgspec.json.encode(body),
+            left=Handover(body=msgspec.json.encode(body)),
             decision=replace(decision, prefill=None),
             worker=None,
             stale_at=float("inf"),

@@ -172,7 +172,8 @@ class Metrics:
         )
         self.kv_legs = Counter(
             "hpcserve_router_kv_legs_total",
-            "Answers written by decode workers: with KV from a prefill worker, or local, with the reason.",
+            "Answers by where decode workers had the KV from: transferred, or local, with the reason; none"
+            " where the prefill worker's token ended the answer.",
         )
         self.broken_streams = Counter(
             "hpcserve_router_broken_streams_total", "Streams that ended with an error after their start."

@@ -16,6 +16,7 @@ from ..http.bearer import bearer
 from ..http.client import Pool
 from ..http.errors import UpstreamError
 from .config import RouterConfig, WorkerSpec
+from .placement import iteration_stats
 from .placement.facts import EngineFacts
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,14 @@ Models = tuple[Mapping[str, Any], ...]
 """The entries of a worker's /v1/models."""
 
 
+_Start = tuple[str, str, int]
+
+
+def _start(spec: WorkerSpec) -> _Start:
+    """One start of an engine: the next one counts from zero."""
+    return spec.name, spec.url, spec.generation
+
+
 class _ModelList(msgspec.Struct):
     data: list[dict[str, Any]]
 
@@ -48,6 +57,8 @@ class Watch:
         self._headers = bearer(config.job_key)
         self._pool = Pool(connect_timeout=_PATIENCE)
         self._strikes: dict[str, int] = {}
+        self._last: dict[_Start, EngineFacts] = {}
+        """What was read of engines whose metrics tell only what is new."""
         self._kick = asyncio.Event()
         self._kick_models = asyncio.Event()
 
@@ -116,6 +127,8 @@ class Watch:
             current = tuple(specs())
             await asyncio.sleep(max(_EVERY, _WORKER_COST * len(current)))
             read = await asyncio.gather(*(self._facts(spec) for spec in current))
+            running = set(map(_start, current))
+            self._last = {start: facts for start, facts in self._last.items() if start in running}
             told = {spec.name: facts for spec, facts in zip(current, read, strict=True) if facts is not None}
             if told:
                 tell(told)
@@ -129,7 +142,11 @@ class Watch:
                     text = await response.read(_METRICS_MAX)
             if response.status != 200:
                 return None
-            return dataclasses.asdict(EngineFacts.parse(text.decode("utf-8", "replace")))
+            if not iteration_stats.is_list(text):
+                return dataclasses.asdict(EngineFacts.parse(text.decode("utf-8", "replace")))
+            start = _start(spec)
+            self._last[start] = facts = iteration_stats.read(text, self._last.get(start))
+            return dataclasses.asdict(facts)
         except (UpstreamError, TimeoutError, ValueError) as error:
             log.debug("no metrics of %s: %s", spec.name, error)
             return None

@@ -268,7 +268,7 @@ BAD = {
     ),
     "a misspelt choice": (
         "model: a\nengine: vlm\n",
-        "model.yaml:2: key 'engine' must be one of vllm, sglang, fake, not 'vlm'",
+        "model.yaml:2: key 'engine' must be one of vllm, sglang, tensorrt-llm, fake, not 'vlm'",
         "Did you mean 'vllm'?",
     ),
     "a choice like no other": (

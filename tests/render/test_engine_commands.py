@@ -44,6 +44,23 @@ def test_every_port_of_sglang_is_a_variable() -> None:
         assert words in text
 
 
+def test_a_file_that_an_engine_reads_is_written_by_the_script_as_well(tmp_path: Path) -> None:
+    """Executes what is printed, with a program that shows the file it is given."""
+    show = tmp_path / "show"
+    show.write_text('#!/bin/bash\nwhile [ "$1" != --config ]; do shift; done\ncat "$2"\n')
+    show.chmod(0o755)
+    model = ModelSpec(
+        model="/m", engine="tensorrt-llm", prefill=RoleSpec(), decode=RoleSpec(),
+        engine_args={"kv_cache_config": {"dtype": "$HOME `id`"}},
+    )  # fmt: skip
+    text = render_commands(plan(dgx(), model=model, nodes=2), python=str(show))
+    assert "TRTLLM_API_KEY  the job key" in text
+    values = {"PATH": os.environ["PATH"], "ADDRESS": "10.0.0.1", "HTTP_PORT": "1", "SCRATCH": str(tmp_path)}
+    done = subprocess.run(["bash", "-eu", "-c", text], env=values, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("backend: NIXL") == 2 and done.stdout.count("dtype: $HOME `id`") == 2
+
+
 def test_a_forbidden_flag_is_found_before_anything_is_submitted() -> None:
     with pytest.raises(ConfigError, match=r"engine_args\.port"):
         engine_commands(plan(dgx(), model=pair(engine_args={"port": 1}), nodes=2))

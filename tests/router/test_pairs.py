@@ -87,7 +87,9 @@ async def test_both_legs_are_told_where_to_meet_and_the_answer_is_decodes(start_
 async def test_a_stream_is_counted_also_where_the_client_does_not_ask(start_pairs):
     bench = await start_pairs("prefill-0", "decode-0")
     _, _, data = await bench.ask("/v1/completions", STREAM)
-    assert bench["decode-0"].seen[0].body["stream_options"] == {"include_usage": True}
+    assert bench["decode-0"].seen[0].body["stream_options"] == {
+        "include_usage": True, "continuous_usage_stats": False,
+    }  # fmt: skip
     assert "stream_options" not in bench["prefill-0"].seen[0].body
     assert [event for event in sse(data) if event != "[DONE]" and event.get("usage")] == []
     await until(lambda: bench.metric("hpcserve_router_prompt_tokens_total") == 4, "it to be counted")

@@ -49,14 +49,19 @@ class WholeAnswer:
         finals = [output for _, output in ordered]
         broken = next((final for final in finals if final.finish_reason == "error"), None)
         if broken is not None:
-            error = internal_error(broken.error)
+            error = self._error(broken)
             self._exchange.respond(error.status, _encode(error.body(self._dialect)))
         else:
             answers = [sequence for sequence, _ in ordered]
-            body = responses.whole(self._generation, self._created, answers, finals, details=self._details)
-            self._exchange.respond(200, _encode(body))
+            self._exchange.respond(200, _encode(self._body(answers, finals)))
         if not self.done.done():
             self.done.set_result(None)
+
+    def _error(self, output: Output) -> RequestError:
+        return internal_error(output.error)
+
+    def _body(self, answers: Items[Sequence], finals: Items[Output]) -> dict[str, Any]:
+        return responses.whole(self._generation, self._created, answers, finals, details=self._details)
 
 
 class StreamedAnswer:

@@ -151,18 +151,7 @@ class App:
 
     async def _answer(self, exchange: Exchange, generation: Generation) -> None:
         scheduler = self._engine.scheduler
-        count = len(generation.prompts) * len(generation.samplings)
-        answer: StreamedAnswer | WholeAnswer
-        flags = self._engine.flags
-        details = flags.enable_prompt_tokens_details
-        if generation.stream:
-            answer = StreamedAnswer(
-                exchange, generation, count, details=details, interval=flags.stream_interval
-            )
-            if flags.dialect == "vllm":
-                answer.start()
-        else:
-            answer = WholeAnswer(exchange, generation, count, details=details, dialect=flags.dialect)
+        answer = self._open(exchange, generation, len(generation.prompts) * len(generation.samplings))
         sequences = self._sequences(generation, answer)
         for sequence in sequences:
             scheduler.submit(sequence)
@@ -172,6 +161,16 @@ class App:
             # Cancelled because the client has gone: its sequences stop now.
             for sequence in sequences:
                 scheduler.abort(sequence)
+
+    def _open(self, exchange: Exchange, generation: Generation, count: int) -> StreamedAnswer | WholeAnswer:
+        flags = self._engine.flags
+        details = flags.enable_prompt_tokens_details
+        if not generation.stream:
+            return WholeAnswer(exchange, generation, count, details=details, dialect=flags.dialect)
+        answer = StreamedAnswer(exchange, generation, count, details=details, interval=flags.stream_interval)
+        if flags.dialect == "vllm":
+            answer.start()
+        return answer
 
     def _sequences(self, generation: Generation, answer: StreamedAnswer | WholeAnswer) -> list[Sequence]:
         sequences: list[Sequence] = []

@@ -13,7 +13,7 @@ from .failures import MODES, Failures, parse_spec
 from .language import LANGUAGES
 
 KEY_VARIABLE = "FAKE_ENGINE_API_KEY"
-DIALECTS = ("vllm", "sglang")
+DIALECTS = ("vllm", "sglang", "tensorrt-llm")
 ROLES = ("prefill", "decode", "aggregated")
 _DEFAULT_KV_BLOCKS = 4096
 _LONGEST_DEFAULT_MODEL_LEN = 32768
@@ -79,9 +79,10 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
             f"--max-model-len {args['max_model_len']} is larger than the maximum number of tokens"
             f" that can be stored in KV cache ({longest})"
         )
-    if args["dialect"] == "sglang":
-        # SGLang's decode engines compute no prompts.
+    if args["dialect"] != "vllm":
+        # The others' decode engines compute no prompt whose KV does not come.
         args["kv_load_failure_policy"] = "fail"
+    if args["dialect"] == "sglang":
         if args["role"] == "prefill" and args["bootstrap_port"] is None:
             parser.error("--role prefill needs --bootstrap-port")
     elif args["role"] != "aggregated" and args["side_channel_port"] is None:

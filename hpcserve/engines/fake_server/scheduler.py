@@ -77,6 +77,8 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self.on_step: Callable[[Items[Work], float], None] | None = None
+        """Is told of each step, and how many seconds it took."""
         metrics.watch(self)
 
     # What a scrape sees.
@@ -154,9 +156,12 @@ class Scheduler:
                 clock = time.monotonic()
                 continue
             now = time.monotonic()
-            clock = (clock if clock > now - _RESYNC else now) + self._duration(work)
+            took = self._duration(work)
+            clock = (clock if clock > now - _RESYNC else now) + took
             await asyncio.sleep(max(0.0, clock - now))
             self._complete(work, time.monotonic())
+            if self.on_step is not None:
+                self.on_step(work, took)
             self._flush_events()
 
     # Planning a step.
@@ -306,7 +311,7 @@ class Scheduler:
         if (
             self._producer is not None
             and sequence.kv_params.get("do_remote_decode")
-            and reason in ("stop", "length")
+            and reason in sequence.kv_params.get("keep_after", ("stop", "length"))
         ):
             ids = sequence.tokens[: sequence.computed]
             sequence.result_kv_params = self._producer.hold(sequence.request_id, sequence.blocks, ids)

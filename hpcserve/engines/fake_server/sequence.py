@@ -92,6 +92,8 @@ class Sequence:
         self.local_hit = 0
         self.external_hit = 0
         self.preemptions = 0
+        self.given: tuple[int, ...] = ()
+        """The first tokens of the answer, where another engine has sampled them."""
         self.loads_remotely = bool(self.kv_params.get("do_remote_prefill"))
         self.result_kv_params: dict[str, Any] | None = None
         self.logprobs: list[list[tuple[int, float]]] = []
@@ -135,7 +137,9 @@ class Sequence:
         if sampling.logprobs is not None:
             ranks = range(max(sampling.logprobs, 1))
             self.logprobs.append([language.logprob(state, sampling.salt, rank) for rank in ranks])
-        if (
+        if self.output_length < len(self.given):
+            token = self.given[self.output_length]
+        elif (
             sampling.ends_by_itself
             and self.output_length >= sampling.min_tokens
             and language.wants_to_stop(state, sampling.salt)

@@ -15,6 +15,7 @@ import uvloop
 
 from ...http.server import Server, bind, serve
 from .app import VERSION, App, Engine
+from .context_app import ContextApp
 from .failures import START_FAILURES, Failures
 from .flags import Flags, parse
 from .kv_cache import BlockPool, Event
@@ -169,14 +170,22 @@ class _Parts:
             self.events.start()
         if self.side_channel is not None:
             log.info("Initializing NIXL Scheduler %s", self.side_channel.engine_id)
-        rooms = self.side_channel if isinstance(self.side_channel, Rooms) else None
-        app = App(self.engine) if self._flags.dialect == "vllm" else SGLangApp(self.engine, rooms)
-        server = await serve(app.handle, sock=self._sock, cancel_on_disconnect=True)
+        server = await serve(self._app().handle, sock=self._sock, cancel_on_disconnect=True)
         log.info("Starting vLLM server on http://%s:%d", self._flags.host, server.port)
         _say(f"INFO:     Started server process [{os.getpid()}]")
         _say("INFO:     Waiting for application startup.")
         _say("INFO:     Application startup complete.")
         return server
+
+    def _app(self) -> App:
+        channel = self.side_channel
+        match self._flags.dialect:
+            case "sglang":
+                return SGLangApp(self.engine, channel if isinstance(channel, Rooms) else None)
+            case "tensorrt-llm":
+                return ContextApp(self.engine, channel)
+            case _:
+                return App(self.engine)
 
     async def idle(self) -> None:
         """Wait for the last request, and on a prefill engine for the last pull, as vLLM's drain does."""

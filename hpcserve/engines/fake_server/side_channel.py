@@ -96,6 +96,11 @@ class SideChannel:
         self._timer: asyncio.TimerHandle | None = None
         self._peers: set[asyncio.StreamWriter] = set()
 
+    @property
+    def held(self) -> int:
+        """Prefills that wait for the decode side."""
+        return len(self._leases)
+
     async def idle(self) -> None:
         """Wait until no prefill is left to be pulled."""
         await self._idle.wait()

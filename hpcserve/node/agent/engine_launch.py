@@ -16,7 +16,7 @@ from ...engines.base import Engine, EngineContext
 from ...engines.kv_events.endpoints import EventEndpoint, too_deep
 from ...errors import EngineError
 from ...plan.plan import Plan, ReplicaPlan
-from ...rundir.atomic import storage_error
+from ...rundir.atomic import storage_error, write_text
 from ..console import warn
 from ..discovery.addresses import in_url
 from ..discovery.facts import RankFacts, Roster
@@ -121,7 +121,7 @@ class EngineLauncher:
         return self.find_leader(self.replica.name)
 
     def launch(self, generation: int, leader: Leader | None, on_line: Callable[[str], None]) -> RunningEngine:
-        """Start the process on new ports. Raises JobError when it can't be started at all.
+        """Start the process on new ports. Raises JobError, or StorageError, when it can't be started at all.
 
         Blocks while the program is read from disk: call it in a thread.
         """
@@ -142,6 +142,8 @@ class EngineLauncher:
             self.scratch.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise storage_error(error, "make a node-local directory") from error
+        for name, text in command.files.items():
+            write_text(self.scratch / name, text, mode=0o600)
         environment = engine_environment(
             self.environ,
             command.env,

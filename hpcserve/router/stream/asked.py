@@ -73,7 +73,9 @@ def count(given: Fields) -> Asked:
     options = value(given, "stream_options")
     if not isinstance(options, dict | None) or (options or {}).get("include_usage"):
         return Asked()
-    return Asked(wants_usage=False, added={"stream_options": {**(options or {}), "include_usage": True}})
+    # TensorRT-LLM would count in each event.
+    added = {**(options or {}), "include_usage": True, "continuous_usage_stats": False}
+    return Asked(wants_usage=False, added={"stream_options": added})
 
 
 def splice(body: bytes, given: Fields, added: Mapping[str, Any]) -> bytes:

@@ -6,13 +6,15 @@ import pytest
 
 from hpcserve.router.stream.asked import count
 
+COUNT = {"include_usage": True, "continuous_usage_stats": False}
+
 
 @pytest.mark.parametrize(
     ("given", "options", "wants"),
     [
-        ({}, {"include_usage": True}, False),
-        ({"stream_options": None}, {"include_usage": True}, False),
-        ({"stream_options": {"include_usage": False, "x": 1}}, {"include_usage": True, "x": 1}, False),
+        ({}, COUNT, False),
+        ({"stream_options": None}, COUNT, False),
+        ({"stream_options": {"include_usage": False, "x": 1}}, {**COUNT, "x": 1}, False),
         ({"stream_options": {"include_usage": True}}, None, True),
         # The engine has the last word on what is none of the API's.
         ({"stream_options": "odd"}, None, True),
