@@ -152,15 +152,15 @@ def prefix(folder: Path) -> None:
 
 
 def prefix_vllm(folder: Path) -> None:
-    prompts, rows = 20, 200
-    words = _long_prompts(prompts, 300)
+    prompts, rows = 10, 100
+    words = _long_prompts(prompts, 700)
     lines = [request(n, f"{words[n % prompts]} question {n}", 4) for n in range(rows)]
     random.Random(2).shuffle(lines)
-    # Blocks of 128 tokens: a cache of about a third of the prompts.
+    # A word is a token: five blocks of 128 per prompt, and a cache for four prompts, two of them in use.
     model = (
         f"model: {smollm2(folder / 'SmolLM2-135M-Instruct')}\nserved_name: toy\nengine: vllm\ndevice: cpu\n"
         "dtype: float32\nmax_model_len: 2048\naggregated: {replicas: 1}\n"
-        "engine_args: {enforce-eager: true, max-num-seqs: 4, block-size: 128, num-gpu-blocks-override: 48}\n"
+        "engine_args: {enforce-eager: true, max-num-seqs: 2, block-size: 128, num-gpu-blocks-override: 24}\n"
     )
     _two_orders(folder, model, lines, nodes=1)
 
