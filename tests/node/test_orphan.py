@@ -74,6 +74,23 @@ def test_an_orphan_is_cancelled_and_the_log_says_why(inputs: Inputs, fake: FakeS
     assert failed["message"] == "the head node n1 died" and failed["exit_code"] == 6
 
 
+def test_a_full_disk_does_not_keep_the_nodes(inputs: Inputs, fake: FakeSlurm) -> None:
+    inputs.run.events.mkdir()  # nobody can append to it
+    fake.says("scontrol", ORPHAN)
+    asyncio.run(end_orphan(inputs, pauses()[1]))
+    assert fake.calls("scancel") == ["scancel 29"]
+
+
+def test_a_slurm_that_goes_down_in_between_is_told_again_and_the_end_once(
+    inputs: Inputs, fake: FakeSlurm
+) -> None:
+    fake.says("scontrol", ORPHAN)
+    fake.says("scancel", "", error="scancel: error: Unable to contact slurm controller\n", status=1)
+    asyncio.run(end_orphan(inputs, pauses(lambda n: fake.says("scancel", "") if n == 4 else None)[1]))
+    assert fake.calls("scancel") == ["scancel 29"] * 4
+    assert len(events(inputs.run, "failed")) == 1
+
+
 def test_an_orphan_that_slurm_may_start_again_is_put_back(inputs: Inputs, fake: FakeSlurm) -> None:
     fake.says("scontrol", ORPHAN.replace("Requeue=0", "Requeue=1"))
     asyncio.run(end_orphan(inputs, pauses()[1]))

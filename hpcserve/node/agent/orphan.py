@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from ...errors import HpcserveError, SlurmDown
+from ...errors import HpcserveError, SlurmDown, StorageError
 from ...slurm.allocation import Allocation
 from ...slurm.sbatch import SlurmScheduler
 from ..console import say, warn
@@ -78,20 +78,19 @@ async def _node_answers(address: str, port: int) -> bool:
 def _end(inputs: Inputs, slurm: SlurmScheduler, job: str, allocation: Allocation) -> None:
     """Raises SlurmError."""
     what = f"the head node {allocation.batch_host} died"
+    # Slurm first: what it refuses is tried again, and told once. It gives this process KillWait to tell it.
     if allocation.requeues:
-        _tell(
-            inputs,
-            "warning",
-            message=f"{what}: the job goes back into the queue",
-            hint="it starts again by itself",
-        )
         slurm.requeue(job)
-        return
-    _tell(inputs, "failed", message=what, hint="`sacct` and the site know why; launch again", exit_code=6)
-    slurm.cancel(job, force=True)
+        _tell(inputs, "warning", message=f"{what}: the job starts again", hint="Slurm put it back")
+    else:
+        slurm.cancel(job, force=True)
+        _tell(inputs, "failed", message=what, hint="`sacct` and the site know why; launch again", exit_code=6)
 
 
 def _tell(inputs: Inputs, event: str, **fields: object) -> None:
     say(f"agent: {fields['message']}")
-    with open_journal(inputs) as journal:
-        journal.write(event, **fields)
+    try:
+        with open_journal(inputs) as journal:
+            journal.write(event, **fields)
+    except StorageError as error:
+        warn(error.message, error.hint)
