@@ -94,7 +94,7 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
             return Begun(directory, before, True, True, True)
         forgiven = 0
         if directory.journals.exists() and history.gave_up(history.read(directory), since=directory.asked):
-            forgiven = forget_errors(directory.journals)
+            forgiven = forget_errors(directory.journals, before.items)
         directory.stop.unlink(missing_ok=True)
         disk.write_whole(directory.asked, b"")
         return Begun(directory, before, True, False, answered(directory), forgiven)

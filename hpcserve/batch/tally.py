@@ -95,21 +95,17 @@ class Standing:
         self.is_error[items] = is_error
 
 
-def forget_errors(directory: Path) -> int:
+def forget_errors(directory: Path, items: int) -> int:
     """Have the errors in the journals not count any more; how many items had nothing better. Raises
     StorageError."""
-    wrong: set[int] = set()
-    right: set[int] = set()
+    failed = int(np.count_nonzero(Standing(directory, items).is_error))
     aside: dict[int, list[int]] = {}
     for epoch, records in _all_records(directory):
-        errors = records[records["kind"] == Kind.ERROR]
-        wrong.update(errors["item"].tolist())
-        right.update(records["item"][records["kind"] == Kind.ANSWER].tolist())
-        aside.setdefault(epoch, []).extend(errors["offset"].tolist())
+        aside.setdefault(epoch, []).extend(records["offset"][records["kind"] == Kind.ERROR].tolist())
     for epoch, offsets in aside.items():
         if offsets:
             set_aside(directory, epoch, offsets)
-    return len(wrong - right)
+    return failed
 
 
 def _all_records(directory: Path) -> Iterator[tuple[int, Records]]:
