@@ -7,7 +7,7 @@ import msgspec
 from ..engines.base import Engine
 from ..http.errors import Header
 from ..http.response import UpstreamResponse
-from .legs import Delivery, LegFailure, refusal
+from .legs import Delivery, LegFailure, Onward, refusal
 from .metrics import Metrics
 from .stream.asked import Fields
 from .workers import Worker
@@ -53,25 +53,17 @@ def read(engine: Engine, metrics: Metrics, body: Fields, answer: bytes, *, strea
     return Handover(body=encoded)
 
 
-class Receiving:
+class Receiving(Onward):
     """Passes a decode worker's answer on, unless it says that the KV blocks did not come."""
 
     def __init__(self, delivery: Delivery, engine: Engine, worker: Worker) -> None:
-        self._delivery = delivery
+        super().__init__(delivery)
         self._engine = engine
         self._worker = worker
-
-    @property
-    def started(self) -> bool:
-        return self._delivery.started
-
-    @property
-    def pieces(self) -> int:
-        return self._delivery.pieces
 
     async def deliver(self, response: UpstreamResponse, first: bytes) -> None:
         """Raises LegFailure."""
         status = response.status
         if self._engine.transfer_failed(status, first):
             raise LegFailure("status", self._worker, refusal(status, first), status=status)
-        await self._delivery.deliver(response, first)
+        await super().deliver(response, first)

@@ -113,6 +113,24 @@ class Delivery(Protocol):
         ...
 
 
+class Onward:
+    """Looks at an answer before another delivery takes it."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    @property
+    def started(self) -> bool:
+        return self._delivery.started
+
+    @property
+    def pieces(self) -> int:
+        return self._delivery.pieces
+
+    async def deliver(self, response: UpstreamResponse, first: bytes) -> None:
+        await self._delivery.deliver(response, first)
+
+
 class Legs:
     """Sends legs to workers and remembers how they fared."""
 

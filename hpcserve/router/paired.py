@@ -27,6 +27,7 @@ from .legs import (
     EngineAnswer,
     LegFailure,
     Legs,
+    Onward,
     Request,
     no_worker,
 )
@@ -37,24 +38,14 @@ from .stream.asked import Fields, value
 from .workers import Worker
 
 
-class _Heard:
+class _Heard(Onward):
     """Passes an answer on, and knows its status."""
 
-    def __init__(self, delivery: Delivery) -> None:
-        self._delivery = delivery
-        self.status = 0
-
-    @property
-    def started(self) -> bool:
-        return self._delivery.started
-
-    @property
-    def pieces(self) -> int:
-        return self._delivery.pieces
+    status = 0
 
     async def deliver(self, response: UpstreamResponse, first: bytes) -> None:
         self.status = response.status
-        await self._delivery.deliver(response, first)
+        await super().deliver(response, first)
 
 
 class Pairs:
