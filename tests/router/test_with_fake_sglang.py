@@ -14,71 +14,28 @@ import pytest
 from hpcserve import engines
 from hpcserve.node.calls import Calls
 from hpcserve.node.head.kv_proof import Prover, Target
-from tests.fake_engine.running import FakeEngine, wait_until
+from tests.fake_engine.running import wait_until
 
-from .test_process import KEY, Running
-
-JOB_KEY = "job-key"
-NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-PROMPT = "the quick brown fox jumps over the lazy dog and thinks about it for quite a while longer"
+from . import fleet as fleets
+from .fleet import JOB_KEY, NAMES, PROMPT, check_killed_decode, streamed
 
 
-class Fleet:
-    """A router process, four engines, and one engine that does it all for comparison."""
+class Fleet(fleets.Fleet):
+    dialect = "sglang"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        key = folder / "job.key"
-        key.write_text(JOB_KEY)
-        self.engines: dict[str, FakeEngine] = {}
-        self.ports: dict[str, int] = {}
-        self.generations = dict.fromkeys(NAMES, 0)
-        for name in NAMES:
-            self.launch(name)
-        self.alone = FakeEngine(folder / "alone", "--dialect", "sglang", key=KEY)
-        self.router = Running(folder, job_key_file=str(key), engine="sglang", retries=2)
-        self.port = self.router.hear("listening")["port"]
-        self.announce(*NAMES)
-
-    def launch(self, name: str) -> None:
-        role = name.partition("-")[0]
-        flags = ["--dialect", "sglang", "--role", role]
-        if role == "prefill":
-            with socket.socket() as sock:
-                sock.bind(("127.0.0.1", 0))
-                self.ports[name] = int(sock.getsockname()[1])
-            flags += ["--bootstrap-port", str(self.ports[name])]
-        self.generations[name] += 1
-        log = self._folder / f"{name}.{self.generations[name]}"
-        self.engines[name] = FakeEngine(log, *flags, key=JOB_KEY)
-
-    def announce(self, *names: str) -> None:
-        workers = [
-            {
-                "name": name,
-                "role": name.partition("-")[0],
-                "url": self.engines[name].url,
-                "ports": {"bootstrap": self.ports[name]} if name in self.ports else {},
-                "generation": self.generations[name],
-            }
-            for name in names
-        ]
-        self.router.tell({"type": "workers", "state": "ready", "workers": workers})
-        self.router.hear("stats", workers={name: {"in_flight": 0} for name in names})
-
-    def client(self, base: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0, timeout=30)
+    def flags(self, name: str) -> list[str]:
+        if not name.startswith("prefill"):
+            return []
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.ports[name] = int(sock.getsockname()[1])
+        return ["--bootstrap-port", str(self.ports[name])]
 
     def free(self, *names: str) -> None:
         for name in names:
             for metric in ("sglang:num_running_reqs", "sglang:num_queue_reqs"):
                 engine = self.engines[name]
                 wait_until(lambda e=engine, m=metric: not e.metric(m), f"{metric} of {name} to be 0")  # type: ignore[misc]
-
-    def stop(self) -> None:
-        self.router.stop()
-        for engine in (*self.engines.values(), self.alone):
-            engine.stop()
 
 
 @pytest.fixture
@@ -90,7 +47,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 @pytest.fixture
 def ours(fleet: Fleet) -> Iterator[openai.OpenAI]:
-    with fleet.client(f"http://127.0.0.1:{fleet.port}") as client:
+    with fleet.client(fleet.url) as client:
         yield client
 
 
@@ -98,11 +55,6 @@ def ours(fleet: Fleet) -> Iterator[openai.OpenAI]:
 def alone(fleet: Fleet) -> Iterator[openai.OpenAI]:
     with fleet.client(fleet.alone.url) as client:
         yield client
-
-
-def streamed(client: openai.OpenAI, prompt: str, **fields: Any) -> str:
-    asked = {"model": "toy", "prompt": prompt, "max_tokens": 40, "temperature": 0, **fields}
-    return "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **asked))
 
 
 def test_answers_equal_those_of_one_engine_and_kv_moved(
@@ -160,23 +112,7 @@ def test_prefill_killed_while_requests_wait_for_it(
 def test_decode_killed_mid_stream_ends_the_stream_with_an_error_and_others_go_on(
     fleet: Fleet, ours: openai.OpenAI
 ) -> None:
-    asked: dict[str, Any] = {"model": "toy", "max_tokens": 2000, "temperature": 0, "stream": True}
-    streams = [ours.completions.create(prompt=f"{i} {PROMPT}", **asked) for i in range(2)]
-    for stream in streams:
-        next(iter(stream))
-    fleet.engines["decode-0"].stop()
-    broken = 0
-    for stream in streams:
-        try:
-            for _ in stream:
-                pass
-        except openai.APIError as error:
-            broken += 1
-            assert "decode-0" in str(error)
-    assert broken == 1
-    for i in range(4):
-        assert streamed(ours, f"{i} {PROMPT}")
-    fleet.free("prefill-0", "prefill-1", "decode-1")
+    check_killed_decode(fleet, ours)
 
 
 def test_a_restarted_prefill_is_met_at_its_new_port(fleet: Fleet, ours: openai.OpenAI) -> None:

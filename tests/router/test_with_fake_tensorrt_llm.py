@@ -17,61 +17,21 @@ import requests
 from hpcserve import engines
 from hpcserve.node.calls import Calls
 from hpcserve.node.head.kv_proof import Prover, Target
-from tests.fake_engine.running import FakeEngine, wait_until
+from tests.fake_engine.running import wait_until
 
-from .test_process import KEY, Running
-
-JOB_KEY = "job-key"
-NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-PROMPT = "the quick brown fox jumps over the lazy dog and thinks about it for quite a while longer"
-DIALECT = ("--dialect", "tensorrt-llm")
+from . import fleet as fleets
+from .fleet import JOB_KEY, NAMES, PROMPT, check_killed_decode, streamed
+from .test_process import KEY
 
 
-class Fleet:
-    """A router process, four engines, and one engine that does it all for comparison."""
+class Fleet(fleets.Fleet):
+    dialect = "tensorrt-llm"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        key = folder / "job.key"
-        key.write_text(JOB_KEY)
-        self.engines: dict[str, FakeEngine] = {}
-        self.generations = dict.fromkeys(NAMES, 0)
-        for name in NAMES:
-            self.launch(name)
-        self.alone = FakeEngine(folder / "alone", *DIALECT, key=KEY)
-        self.router = Running(folder, job_key_file=str(key), engine="tensorrt-llm", retries=2)
-        self.port = self.router.hear("listening")["port"]
-        self.announce(*NAMES)
-
-    def launch(self, name: str) -> None:
-        self.generations[name] += 1
-        log = self._folder / f"{name}.{self.generations[name]}"
-        role = name.partition("-")[0]
-        self.engines[name] = FakeEngine(
-            log, *DIALECT, "--role", role, "--side-channel-port", "0", key=JOB_KEY
-        )
-
-    def announce(self, *names: str) -> None:
-        workers = [
-            {
-                "name": name,
-                "role": name.partition("-")[0],
-                "url": self.engines[name].url,
-                "generation": self.generations[name],
-            }
-            for name in names
-        ]
-        self.router.tell({"type": "workers", "state": "ready", "workers": workers})
-        self.router.hear("stats", workers={name: {"in_flight": 0} for name in names})
-
-    def client(self, base: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0, timeout=30)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    def flags(self, name: str) -> list[str]:
+        return ["--side-channel-port", "0"]
 
     def metric(self, line: str) -> float:
+        """Of the router."""
         key = {"authorization": f"Bearer {KEY}"}
         text = requests.get(f"{self.url}/metrics", headers=key, timeout=30).text
         found = [each for each in text.splitlines() if each.startswith(line + " ")]
@@ -83,11 +43,6 @@ class Fleet:
         for name in names:
             engine = self.engines[name]
             wait_until(lambda e=engine: e.get("/fake/load").json() == idle, f"{name} to be free")  # type: ignore[misc]
-
-    def stop(self) -> None:
-        self.router.stop()
-        for engine in (*self.engines.values(), self.alone):
-            engine.stop()
 
 
 @pytest.fixture
@@ -107,12 +62,6 @@ def ours(fleet: Fleet) -> Iterator[openai.OpenAI]:
 def alone(fleet: Fleet) -> Iterator[openai.OpenAI]:
     with fleet.client(fleet.alone.url) as client:
         yield client
-
-
-def streamed(client: openai.OpenAI, prompt: str, **fields: Any) -> str:
-    asked = {"model": "toy", "prompt": prompt, "max_tokens": 40, "temperature": 0, **fields}
-    chunks = client.completions.create(stream=True, **asked)
-    return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
 
 
 def whole(client: openai.OpenAI, prompt: str, **fields: Any) -> Any:
@@ -253,23 +202,7 @@ def test_a_refusal_stays_the_clients(fleet: Fleet, ours: openai.OpenAI) -> None:
 def test_decode_killed_mid_stream_ends_the_stream_with_an_error_and_others_go_on(
     fleet: Fleet, ours: openai.OpenAI
 ) -> None:
-    asked: dict[str, Any] = {"model": "toy", "max_tokens": 2000, "temperature": 0, "stream": True}
-    streams = [ours.completions.create(prompt=f"{i} {PROMPT}", **asked) for i in range(2)]
-    for stream in streams:
-        next(iter(stream))
-    fleet.engines["decode-0"].stop()
-    broken = 0
-    for stream in streams:
-        try:
-            for _ in stream:
-                pass
-        except openai.APIError as error:
-            broken += 1
-            assert "decode-0" in str(error)
-    assert broken == 1
-    for i in range(4):
-        assert streamed(ours, f"{i} {PROMPT}")
-    fleet.free("prefill-0", "prefill-1", "decode-1")
+    check_killed_decode(fleet, ours)
 
 
 def test_a_restarted_prefill_is_used_again(fleet: Fleet, ours: openai.OpenAI) -> None:
