@@ -78,13 +78,16 @@ class Publisher:
         self._replayed: OrderedDict[int, int] = OrderedDict()
         """Number -> digest of batches that were replayed: the same ones may still come by themselves."""
         self._said: set[str] = set()
+        self._doubt = False
+        """The connection was lost: what comes next may be from another start, whatever its number."""
         self._context = context
         self._replay_endpoint = replay
         self._subscriber = _connect(context, zmq.SUB, events)
         self._subscriber.subscribe(b"")
+        self._lost = self._subscriber.get_monitor_socket(zmq.Event.DISCONNECTED)
         self._replay = None if replay is None else _connect(context, zmq.DEALER, replay)
         self._poller = zmq.asyncio.Poller()
-        for socket in (self._subscriber, self._replay):
+        for socket in (self._lost, self._subscriber, self._replay):
             if socket is not None:
                 self._poller.register(socket, zmq.POLLIN)
 
@@ -98,15 +101,29 @@ class Publisher:
             if self._asked is None and (self._held or now >= self._ask_at):
                 await self._ask(now)
             ready = dict(await self._poller.poll(_TICK * 1000))
+            if self._lost in ready:
+                # ZMQ says so before it hands on what came over the next connection.
+                await self._lost.recv_multipart()
+                self._lost_touch()
             if self._replay is not None and self._replay in ready:
                 self._take_replayed(await self._replay.recv_multipart())
             if self._subscriber in ready:
                 self._take_published(await self._subscriber.recv_multipart())
 
     def close(self) -> None:
+        self._subscriber.disable_monitor()
         self._subscriber.close(linger=0)
         if self._replay is not None:
             self._replay.close(linger=0)
+
+    def _lost_touch(self) -> None:
+        if not self._expected:
+            return
+        if self._replay is None:
+            self._start_anew()
+        else:
+            self._doubt = True
+            self._ask_at = 0.0
 
     async def _ask(self, now: float) -> None:
         """Ask for the last batch that was seen and all after it: if it is another now, all begins anew."""
@@ -123,7 +140,7 @@ class Publisher:
             self._trouble("sends what is not [topic, number, batch]", "is it a publisher of KV events?")
             return
         number, batch = int.from_bytes(frames[1], "big"), frames[2]
-        if self._asked is None:
+        if self._asked is None and not self._doubt:
             self._take(number, batch)
         elif len(self._held) < _MOST_HELD:
             # What does not fit is missed later, and asked for.
@@ -137,10 +154,16 @@ class Publisher:
             return
         number, batch = int.from_bytes(frames[2], "big"), frames[3]
         self._answered += 1
-        if number == self._expected - 1 and xxh3_64_intdigest(batch) != self._last:
-            # Of the new start, only the end comes now: the next answer has all of it.
+        if number == self._expected - 1:
+            if xxh3_64_intdigest(batch) == self._last:
+                self._doubt = False
+            else:
+                # Of the new start, only the end comes now: the next answer has all of it.
+                self._start_anew()
+                self._skip = True
+        elif self._doubt:
+            # The batch that could tell is no longer kept.
             self._start_anew()
-            self._skip = True
         if self._skip or number < self._expected:
             return
         self._replayed[number] = xxh3_64_intdigest(batch)
@@ -179,6 +202,8 @@ class Publisher:
 
     def _unanswered(self) -> None:
         held = bool(self._held)
+        if self._doubt:
+            self._start_anew()
         self._go_on(replayable=False)
         if self._replay is not None and self._replay_endpoint is not None:
             # An answer to this question must not be taken for one to the next.
@@ -198,6 +223,7 @@ class Publisher:
         self._digest.clear(self._rank)
         self._replayed.clear()
         self._expected = 0
+        self._doubt = False
         self._ask_at = 0.0
         self._changed()
 

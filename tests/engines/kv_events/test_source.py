@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from hpcserve.engines.kv_events.endpoints import EventEndpoint
 from hpcserve.engines.kv_events.reader import KvEventReader
@@ -105,6 +106,25 @@ async def test_a_new_start_that_has_already_overtaken_the_old_one_is_noticed(
     engine.start()
     engine.prompts = 100
     after = {unit for _ in range(50) for unit in engine.store()}
+    await follower.until(lambda: follower.units == after)
+
+
+async def test_a_new_start_whose_next_number_is_the_expected_one_is_noticed(
+    engine: Engine, followers: list[Follower]
+) -> None:
+    follower = follow(followers, engine.endpoint, ask_every=3600.0)
+    before = {unit for _ in range(4) for unit in engine.store()}
+    await follower.until(lambda: before <= follower.units)
+    engine.close()
+    engine.start()
+    engine.prompts = 100
+    connected = engine.publisher._publisher.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED)
+    after = {unit for _ in range(4) for unit in engine.store(lost=True)}
+    # The subscription follows the handshake; where it comes too late, the gap shows the new start.
+    await asyncio.to_thread(connected.poll, 2000)
+    await asyncio.sleep(0.2)
+    engine.publisher._publisher.disable_monitor()
+    after |= set(engine.store())
     await follower.until(lambda: follower.units == after)
 
 
