@@ -61,7 +61,7 @@ system:
 test: system ## Lint, types, unit tests, and (as root on Debian) the tests on a real Slurm cluster
 	$(MAKE) venv sglang
 	$(MAKE) check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadgroup
 
 test-clients: venv clients ## aiperf, guidellm, lm-eval and the official clients through a launched run of real vLLM
 	$(BIN)/pytest -m "clients or engine" tests/router/test_vllm_clients.py
