@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-_HEAVY = ("cluster", "engine")
+_ONE_AT_A_TIME = ("cluster", "engine")
 
 
 # After the folders' own conftest files, which set some of these marks.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One test cluster per machine, and one real engine at a time: their tests share one process.
+    """A machine has one test cluster, and room for one group of real engines beside it.
 
-    They wait more than they compute, so all other tests run beside them in a second one.
+    So the cluster's tests share one process; so do those of real engines elsewhere. Both wait more than
+    they compute, and all other tests run where there is room.
     """
     for item in items:
-        if any(item.get_closest_marker(mark) for mark in _HEAVY):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+        group = next((mark for mark in _ONE_AT_A_TIME if item.get_closest_marker(mark)), None)
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
