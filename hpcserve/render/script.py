@@ -97,7 +97,7 @@ def _directives(plan: Plan, run_dir: Path) -> Iterator[str]:
     yield f"--signal=B:TERM@{signal_time(plan)}"
     yield "--no-kill"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield from _gpu_request(plan)
+    yield from gpu_request(plan)
     for name in ("partition", "account", "qos", "constraint", "reservation"):
         value = getattr(slurm, name)
         if value is not None:
@@ -131,7 +131,8 @@ def segment_nodes(plan: Plan) -> int | None:
     return widest
 
 
-def _gpu_request(plan: Plan) -> Iterator[str]:
+def gpu_request(plan: Plan) -> Iterator[str]:
+    """How sbatch and srun are asked for the GPUs of a node."""
     slurm = plan.site.slurm
     if plan.device == "cpu" or slurm.gpu_request == "none":
         return
