@@ -82,18 +82,18 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
 def _blocks(plan: Plan, engine: Engine, placed: list[Placed]) -> Iterator[str]:
     for replica, rank, command in placed:
         gpus = ",".join(map(str, replica.gpus))
-        argv, where = command.argv, f"node {rank}"
-        if engine.in_step(replica):
-            assert engine.mpi_launcher is not None
-            argv = (*srun_words(plan, replica, "$NODES"), engine.mpi_launcher, *argv)
-            where = f"nodes {', '.join(map(str, replica.nodes))}"
+        stepped = engine.in_step(replica)
+        where = f"nodes {', '.join(map(str, replica.nodes))}" if stepped else f"node {rank}"
         yield f"# {replica.name} on {where}, slots {gpus}"
         for file, text in command.files.items():
             yield f"cat > \"$SCRATCH/{file}\" <<'{_END}'\n{text.rstrip()}\n{_END}"
         yield "env \\"
         for name, value in sorted(command.env.items()):
             yield f"  {_word(f'{name}={value}')} \\"
-        yield f"  {_arguments(argv)}"
+        if stepped:
+            yield f"  {_arguments(tuple(srun_words(plan, replica, '$NODES')))} \\"
+            yield f"  {engine.mpi_launcher} \\"
+        yield f"  {_arguments(command.argv)}"
         yield ""
 
 
