@@ -77,6 +77,9 @@ class Engine(ABC):
     """Environment variable the engine reads its API key from."""
     health_path: ClassVar[str] = "/health"
     metrics_path: ClassVar[str] = "/metrics"
+    metrics_wait: ClassVar[float] = 0.0
+    """Seconds that `metrics_path` may wait for something to tell. Meanwhile the engine may answer nobody,
+    so it is read only while it has requests."""
     mpi_launcher: ClassVar[str | None] = None
     """A replica over several nodes is one MPI program: its head starts it as a Slurm step, in which every
     task runs this program with the engine's command, and its other nodes start nothing. The program runs

@@ -110,6 +110,9 @@ class TensorRTLLM(ContextEngine):
     name = "tensorrt-llm"
     key_variable = KEY_VARIABLE
     mpi_launcher = "trtllm-llmapi-launch"
+    # /metrics asks the workers in a call that blocks the server, for up to two seconds while there is nothing
+    # new, and then waits as long for more (serve/openai_server.py and executor/proxy.py, around 1.2).
+    metrics_wait = 4.0
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
         """Its workers choose the ports of their NIXL agents themselves, and tell them with each request."""
