@@ -77,6 +77,11 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "mpi",
+        r"^error: \S+ has no \S+ on its PATH",
+        "make the engine's launcher available on the nodes: `setup` of the site puts it on the PATH",
+    ),
+    _cause(
+        "mpi",
         r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault)",
         "one of the replica's ranks died, and the others with it; if it was killed, its node may have run "
         "out of memory: `sacct -o MaxRSS,State` tells",

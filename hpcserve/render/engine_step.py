@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..plan.plan import Plan, ReplicaPlan
-from .script import gpu_request
+from .gpus import gpu_request
 
 
 def srun_words(plan: Plan, replica: ReplicaPlan, nodes: str) -> Iterator[str]:

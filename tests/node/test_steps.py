@@ -190,24 +190,28 @@ async def test_srun_has_time_to_end_its_tasks_even_when_it_is_to_end_at_once(
         assert await running.end(lambda: 0.0) == -signal.SIGTERM
 
 
-def test_a_task_on_another_node_than_planned_says_so(programs: dict[str, str]) -> None:
+def test_a_task_that_can_not_start_says_so(programs: dict[str, str]) -> None:
     step = {
         "head": "n1",
-        "nodes": {"n1": {}, "n2": {}},
-        "launcher": "launcher",
+        "nodes": {"n1": {}, "n2": {"TMPDIR": "/"}},
+        "launcher": "missing",
         "lifeline": "",
         "command": "",
     }
     environ = {**programs, VARIABLE: json.dumps(step), "PYTHONPATH": os.pathsep.join(sys.path)}
-    for node, rank in (("n3", "1"), ("n2", "0")):
+    for node, rank, status, wrong in (
+        ("n3", "1", 1, "error: n3 is not this task's node"),
+        ("n2", "0", 1, "error: n2 is not this task's node"),
+        ("n2", "1", 127, "error: n2 has no missing on its PATH"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", MODULE],
-            env={**environ, "SLURMD_NODENAME": node, "SLURM_PROCID": rank},
+            env={**environ, "SLURMD_NODENAME": node, "SLURM_PROCID": rank, "SLURM_STEP_ID": "5"},
             capture_output=True,
             text=True,
             timeout=DEADLINE,
         )
-        assert done.returncode == 1 and f"error: {node} is not this task's node" in done.stderr
+        assert (done.returncode, wrong in done.stderr) == (status, True), done.stderr
 
 
 def test_a_path_that_the_launcher_would_split_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from .environment import engine_environment, step_environment
 from .keeper import Keeper
 from .log_pump import LogPump
 from .running_engine import RunningEngine
-from .step import RunningStep, Step
+from .step import NodeGone, RunningStep, Step
 from .transfer import transfer_devices
 
 _NICE = 5
@@ -131,6 +131,10 @@ class EngineLauncher:
         """The replica as one MPI program on all its nodes. The key stays on this one."""
         assert self.engine.mpi_launcher is not None
         scratches = {self.rank: str(self.scratch), **self.find_seats(self.replica.name)}
+        if not set(self.replica.nodes) <= set(scratches):
+            raise NodeGone(
+                f"{self.replica.name}: one of its nodes is gone", hint="it starts when that is back"
+            )
         names = node_names(self.environ)
         variables = {}
         for place, rank in enumerate(self.replica.nodes):

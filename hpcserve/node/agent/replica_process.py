@@ -13,6 +13,7 @@ from ...engines.base import Engine, Failure
 from ...errors import HpcserveError
 from .engine_launch import Leader
 from .running_engine import RunningEngine
+from .step import NodeGone
 
 State = Literal["starting", "loading", "ready", "backoff", "failed", "draining", "stopped"]
 
@@ -166,7 +167,8 @@ class ReplicaProcess:
             # In a thread: a program on a slow file system must not stop the heartbeats.
             running = await asyncio.to_thread(self._launcher.launch, self._generation, leader, on_line)
         except HpcserveError as error:
-            return Failure(cause="launch", message=error.message, hint=error.hint or "", retry=False)
+            again = isinstance(error, NodeGone)
+            return Failure(cause="launch", message=error.message, hint=error.hint or "", retry=again)
         self._running = running
         self._changed()
         try:

@@ -30,6 +30,10 @@ _SPLITS = re.compile(r"[^\w@%+=:,./~-]")
 """What a shell takes apart, or for something else, in a word without quotes."""
 
 
+class NodeGone(EngineError):
+    """A node of the replica has left since it was last looked for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     launcher: str

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     del os.environ[VARIABLE]
     os.chdir(os.environ["TMPDIR"])
     program = step["launcher"], sys.executable, "-m", MODULE, COMMAND, step["command"]
+    if shutil.which(program[0]) is None:
+        print(f"error: {node} has no {program[0]} on its PATH", file=sys.stderr)
+        return 127
     if not first:
         os.execvp(program[0], program)
     return _watch(program, step["lifeline"], f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")
