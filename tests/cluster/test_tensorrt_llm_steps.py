@@ -96,8 +96,8 @@ def test_replicas_over_two_nodes_answer_come_back_and_leave_nothing(cluster: Tes
     assert len(before) == 2
     status, answer = complete(run)
     assert status == 200 and answer["usage"]["completion_tokens"] == 8
-    warned = [event for event in run.events("warning") if "KV" in event["message"]]
-    assert warned == [] and all(event["ok"] for event in run.events("kv-path"))
+    # A decode engine answers `generation_only` with what it pulled, or not at all.
+    assert [event["ok"] for event in run.events("kv-path")] == [True]
 
     # A rank that dies on the second node takes the whole replica, and that comes back.
     second = nodes_of(run, "decode-0")[1]
