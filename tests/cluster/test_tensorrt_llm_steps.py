@@ -36,7 +36,7 @@ extends: test-cluster
 node: {{gpus: 2}}
 setup:
   env: {{PYTHONPATH: {stand_in}}}
-  script: export PATH={stand_in}/bin:{python}:$PATH
+  script: export PATH={stand_in}/bin:/usr/bin:/bin
 """
 STAND_IN = paths.MOUNTED / "tests/cluster/stand_in"
 WORKER = "tensorrt_llm.llmapi.worker"
@@ -46,7 +46,7 @@ WORKER = "tensorrt_llm.llmapi.worker"
 def run(launches: Launches) -> Iterator[Launched]:
     """A READY endpoint: prefill over two nodes, decode over two others."""
     model = tiny_llama(paths.MODELS / "tiny-llama")
-    site = launches.file("site-of-steps.yaml", SITE.format(stand_in=STAND_IN, python=paths.PYTHON.parent))
+    site = launches.file("site-of-steps.yaml", SITE.format(stand_in=STAND_IN))
     launched = launches.launch(MODEL.format(model=model), f"--site={site}", name="steps")
     launched.wait_ready()
     yield launched

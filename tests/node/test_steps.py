@@ -156,6 +156,7 @@ def test_the_command_runs_in_the_first_task_with_the_key_that_no_other_has(
     assert "secret" not in (scratch / "srun.env").read_text() + (scratch / "srun.argv").read_text()
     slurm = {name for name in given if name.startswith(("SLURM_", "PMIX_"))}
     assert slurm == {"SLURM_JOB_ID", "SLURM_CONF"}
+    assert given["PATH"] == f"{Path(sys.executable).parent}:{programs['PATH']}"
     nodes = json.loads(given[VARIABLE])["nodes"]
     assert {name: (entry["NODE"], entry["TMPDIR"]) for name, entry in nodes.items()} == {
         "n1": ("place 0", str(scratch)),

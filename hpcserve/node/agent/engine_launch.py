@@ -151,7 +151,7 @@ class EngineLauncher:
         lifeline = step.prepare()
         try:
             words = srun_words(self.plan, self.replica, ",".join(variables))
-            environment = step_environment(self.environ, step.environment())
+            environment = step_environment(self.environ, step.environment(self.environ))
             process, pump = self._spawn((*words, *step.task()), environment, on_line)
         except BaseException:
             os.close(lifeline)

@@ -69,8 +69,8 @@ class Step:
         except OSError as error:
             raise storage_error(error, "make a pipe") from error
 
-    def environment(self) -> dict[str, str]:
-        """What srun's tasks have in common."""
+    def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """What srun's tasks have in common, beside the rest of `environ`."""
         step = {
             "launcher": self.launcher,
             "lifeline": str(self.scratch / _LIFELINE),
@@ -78,7 +78,9 @@ class Step:
             "head": next(iter(self.variables)),
             "nodes": {node: dict(variables) for node, variables in self.variables.items()},
         }
-        return {step_task.VARIABLE: json.dumps(step), "PYTHONUNBUFFERED": "1"}
+        # The launcher is beside this Python, and starts workers with the first `python3` that it finds.
+        path = os.pathsep.join((os.path.dirname(sys.executable), environ.get("PATH", os.defpath)))
+        return {step_task.VARIABLE: json.dumps(step), "PATH": path, "PYTHONUNBUFFERED": "1"}
 
     def task(self) -> tuple[str, ...]:
         """The program of each task."""
