@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 MODULE = "hpcserve.node.agent.step_task"
@@ -64,7 +65,7 @@ def _watch(program: Sequence[str], lifeline: str, step: str) -> int:
     with subprocess.Popen(program) as launcher:
         while launcher.poll() is None:
             if select.select([pipe], [], [], _LOOK)[0] or not _held(pipe):
-                print(f"the agent is gone: ending the step {step}", file=sys.stderr, flush=True)
+                _say(f"the agent is gone: ending the step {step}")
                 _end(step)
                 launcher.kill()
                 return 1
@@ -86,8 +87,14 @@ def _end(step: str) -> None:
         try:
             subprocess.run(["scancel", "--signal=KILL", step], check=True, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"warning: the step {step} is not ended yet: {error}", file=sys.stderr, flush=True)
+            _say(f"warning: the step {step} is not ended yet: {error}")
         time.sleep(_RETRY)
+
+
+def _say(text: str) -> None:
+    # Perhaps nobody reads it any more.
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
