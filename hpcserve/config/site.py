@@ -57,7 +57,8 @@ class SlurmSite(Provenance):
     max_nodes: int | None = key("Most nodes one job may ask for.", None, minimum=1)
     requeue: bool = key("May the job start again after a failure of its head node.", False)
     mpi: Literal["pmix", "pmi2", "cray_shasta", "none"] = key(
-        "Plugin for the rendezvous step (`srun --mpi=list`); `none` means use TCP.",
+        "Plugin for the rendezvous step, and for TensorRT-LLM's replicas over several nodes"
+        " (`srun --mpi=list`); `none` means use TCP, and none of these replicas.",
         "pmix",
         choices=("pmix", "pmi2", "cray_shasta", "none"),
     )

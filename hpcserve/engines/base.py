@@ -77,6 +77,13 @@ class Engine(ABC):
     """Environment variable the engine reads its API key from."""
     health_path: ClassVar[str] = "/health"
     metrics_path: ClassVar[str] = "/metrics"
+    metrics_wait: ClassVar[float] = 0.0
+    """Seconds that `metrics_path` may wait for something to tell. Meanwhile the engine may answer nobody,
+    so it is read only while it has requests."""
+    mpi_launcher: ClassVar[str | None] = None
+    """A replica over several nodes is one MPI program: its head starts it as a Slurm step, in which every
+    task runs this program with the engine's command, and its other nodes start nothing. The program runs
+    the command in the first task only. None: a process for each node."""
     shared_ports: ClassVar[frozenset[str]] = frozenset()
     """Names of ports that the replica's head binds and all its processes must be told."""
 
@@ -87,6 +94,10 @@ class Engine(ABC):
     @abstractmethod
     def command(self, context: EngineContext) -> EngineCommand:
         """How to start one process of a replica."""
+
+    def in_step(self, replica: ReplicaPlan) -> bool:
+        """Is this replica one MPI program in a step of its own?"""
+        return self.mpi_launcher is not None and len(replica.nodes) > 1
 
     @abstractmethod
     def progress(self, line: str) -> str | None:

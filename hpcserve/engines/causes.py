@@ -76,6 +76,25 @@ CAUSES: tuple[Cause, ...] = (
         retry=True,
     ),
     _cause(
+        "mpi",
+        r"^error: \S+ has no \S+ on its PATH",
+        "make the engine's launcher available on the nodes: `setup` of the site puts it on the PATH",
+    ),
+    _cause(
+        "mpi",
+        r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault)",
+        "one of the replica's ranks died, and the others with it; if it was killed, its node may have run "
+        "out of memory: `sacct -o MaxRSS,State` tells",
+        retry=True,
+    ),
+    _cause(
+        "mpi",
+        r"^srun: error: (Unable to create step|Task launch for StepId=.* failed|.*MPI plugin)",
+        "Slurm gave the replica no step on its nodes: `sinfo -N` shows their state, and `srun --mpi=list` "
+        "what `slurm.mpi` of the site can be",
+        retry=True,
+    ),
+    _cause(
         "nixl",
         r"NIXL is not available|Please install NIXL|No module named 'nixl|NIXL compatibility hash mismatch"
         r"|NixlHandshakePayload|NixlAgentMetadata|nixl\w*Error|NIXL_ERR_\w+"

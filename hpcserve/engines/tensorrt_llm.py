@@ -2,9 +2,10 @@
 `context_protocol.py`.
 
 Flags are those of `trtllm-serve serve`, and keys of the worker file those of LlmArgs (llmapi/llm_args.py),
-both in commit 376f7e1 (v1.2.1). A replica is one process here: TensorRT-LLM starts a worker for each GPU
-itself, by MPI (llmapi/mpi_session.py, MpiPoolSession), as long as no other launcher's variables are in its
-environment. Several nodes would need a launcher for each replica, so a replica has one (`plan/abilities.py`).
+both in commit 376f7e1 (v1.2.1). On one node a replica is one process: TensorRT-LLM starts a worker for each
+GPU itself, by MPI (llmapi/mpi_session.py, MpiPoolSession), as long as no other launcher's variables are in
+its environment. Over several nodes it is a Slurm step with a task for each GPU. Each is a worker that
+trtllm-llmapi-launch starts, and in the first task the command runs beside it, without MPI's variables.
 """
 
 from __future__ import annotations
@@ -108,6 +109,10 @@ _Args = dict[str, tuple[str, Any]]
 class TensorRTLLM(ContextEngine):
     name = "tensorrt-llm"
     key_variable = KEY_VARIABLE
+    mpi_launcher = "trtllm-llmapi-launch"
+    # /metrics asks the workers in a call that blocks the server, for up to two seconds while there is nothing
+    # new, and then waits as long for more (serve/openai_server.py and executor/proxy.py, around 1.2).
+    metrics_wait = 4.0
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
         """Its workers choose the ports of their NIXL agents themselves, and tell them with each request."""
@@ -169,6 +174,8 @@ def _argv(context: EngineContext) -> Iterator[str]:
         yield from ("--pp_size", str(replica.pipeline_parallel))
     if replica.expert_parallel:
         yield from ("--ep_size", str(_ranks(replica)))
+    if len(replica.nodes) > 1:
+        yield from ("--gpus_per_node", str(len(replica.gpus)))
     for key, flag in (("revision", "revision"), ("max_model_len", "max_seq_len")):
         value = getattr(model, key)
         if value is not None:

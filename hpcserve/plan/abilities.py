@@ -14,6 +14,8 @@ class Abilities:
     """Its name in messages."""
     spans_nodes: bool = True
     """One replica can have several nodes."""
+    by_step: bool = False
+    """Such a replica is one MPI program in a Slurm step of its own."""
     weights: bool = True
     """It loads the model, so that needs its memory."""
     nixl: bool = True
@@ -25,7 +27,7 @@ class Abilities:
 ABILITIES: Mapping[str, Abilities] = {
     "vllm": Abilities(title="vLLM"),
     "sglang": Abilities(title="SGLang", staged_decode=True),
-    "tensorrt-llm": Abilities(title="TensorRT-LLM", spans_nodes=False, staged_decode=True),
+    "tensorrt-llm": Abilities(title="TensorRT-LLM", by_step=True, staged_decode=True),
     "fake": Abilities(title="the fake engine", spans_nodes=False, weights=False, nixl=False),
 }
 """By the name in model.yaml. Of vLLM 0.32, SGLang 0.5.23 and TensorRT-LLM 1.2.1."""

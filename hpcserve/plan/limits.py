@@ -59,6 +59,29 @@ def check_walltime(site: Site, model: ModelSpec, walltime: int, where: str) -> N
         )
 
 
+def check_step(site: Site, engine: str, role: str, span: int) -> None:
+    """A replica over `span` nodes that is one MPI program is started by srun, from an agent."""
+    able = ABILITIES[engine]
+    if span == 1 or not able.by_step:
+        return
+    what = f"{role}: a replica of {able.title} over {span} nodes is an MPI program that srun starts"
+    smaller = f"lower the parallel sizes of `{role}` so that a replica fits on one node"
+    if site.scheduler == "local":
+        raise PlanError(f"{what}, and site {site.name} has no Slurm", hint=smaller)
+    if site.container.runtime != "none":
+        raise PlanError(
+            f"{what} from its first node, but inside {site.container.runtime} there are no Slurm commands",
+            hint=f"{smaller}, or use a site config with `container: {{runtime: none}}` whose `setup` makes "
+            f"{able.title} available",
+        )
+    if site.slurm.mpi == "none":
+        raise PlanError(
+            f"{what}, but slurm.mpi of site {site.name} is none",
+            hint="set `slurm: {mpi: pmix}`, or what else `srun --mpi=list` names and its MPI knows; or "
+            f"{smaller}",
+        )
+
+
 def check_kv_path(site: Site, engine: str, nodes: int) -> None:
     """Prefill and decode on different nodes need a fabric that the engine's transfers can use."""
     if nodes > 1 and ABILITIES[engine].nixl and site.network.kind == "slingshot":

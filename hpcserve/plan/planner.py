@@ -11,7 +11,7 @@ from ..config.site import Site
 from ..errors import PlanError
 from .abilities import ABILITIES
 from .explain import Notes, duration
-from .limits import check_kv_path, check_nodes, check_site, check_walltime
+from .limits import check_kv_path, check_nodes, check_site, check_step, check_walltime
 from .parallel import GIB, Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
@@ -198,6 +198,7 @@ def _place(
             notes,
             partner=_partner(role, roles) if one_node_pair else None,
         )
+        check_step(site, model.engine, role, shapes[role].span)
     if len(roles) == 2:
         _check_pair(model.engine, shapes)
     may_idle = device == "cpu" or (site.scheduler == "slurm" and not site.slurm.exclusive)

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from .. import engines
 from ..engines.base import Engine, EngineCommand, EngineContext
 from ..plan.plan import Plan, ReplicaPlan
+from .engine_step import srun_words
 from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|NODES|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
 _END = "END_OF_FILE"
+_STEP_NOTE = "# In the job, each task of a step gets the variables of its own node."
 
 Placed = tuple[ReplicaPlan, int, EngineCommand]
 """A replica, one of its nodes (the rank), and the process there."""
@@ -34,6 +36,8 @@ def engine_commands(plan: Plan, *, python: str | None = None) -> list[Placed]:
         (replica, rank, engine.command(_context(plan, replica, place, engine, program)))
         for replica in plan.replicas
         for place, rank in enumerate(replica.nodes)
+        # All its further processes belong to the step that its head starts.
+        if place == 0 or not engine.in_step(replica)
     ]
 
 
@@ -59,6 +63,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
     """
     placed = engine_commands(plan, python=None)
     engine = engines.get(plan.model.engine)
+    stepped = any(engine.in_step(replica) for replica in plan.replicas)
     interpreter = python_on_nodes(plan, python) if python is not None else "python"
     head = [
         "# Engines, one command per process. In the job, agents fill these variables in:",
@@ -66,22 +71,28 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   …_PORT        ports bound on this node",
         "#   SCRATCH       private directory on this node",
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
+        *(["#   NODES         Slurm's names of the replica's nodes", _STEP_NOTE] if stepped else []),
         f"#   {engine.key_variable}  the job key, from secrets/job-key",
         f"PYTHON={quote(interpreter)}",
         "",
     ]
-    return "\n".join([*head, *_blocks(placed)])
+    return "\n".join([*head, *_blocks(plan, engine, placed)])
 
 
-def _blocks(placed: list[Placed]) -> Iterator[str]:
+def _blocks(plan: Plan, engine: Engine, placed: list[Placed]) -> Iterator[str]:
     for replica, rank, command in placed:
         gpus = ",".join(map(str, replica.gpus))
-        yield f"# {replica.name} on node {rank}, slots {gpus}"
+        stepped = engine.in_step(replica)
+        where = f"nodes {', '.join(map(str, replica.nodes))}" if stepped else f"node {rank}"
+        yield f"# {replica.name} on {where}, slots {gpus}"
         for file, text in command.files.items():
             yield f"cat > \"$SCRATCH/{file}\" <<'{_END}'\n{text.rstrip()}\n{_END}"
         yield "env \\"
         for name, value in sorted(command.env.items()):
             yield f"  {_word(f'{name}={value}')} \\"
+        if stepped:
+            yield f"  {_arguments(tuple(srun_words(plan, replica, '$NODES')))} \\"
+            yield f"  {engine.mpi_launcher} \\"
         yield f"  {_arguments(command.argv)}"
         yield ""
 

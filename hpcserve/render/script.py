@@ -13,6 +13,7 @@ from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
 from . import quoting
 from .containers import apptainer_words, pyxis_words
+from .gpus import gpu_request
 from .quoting import Expanding
 from .summary import layout_line
 
@@ -97,7 +98,7 @@ def _directives(plan: Plan, run_dir: Path) -> Iterator[str]:
     yield f"--signal=B:TERM@{signal_time(plan)}"
     yield "--no-kill"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield from _gpu_request(plan)
+    yield from gpu_request(plan)
     for name in ("partition", "account", "qos", "constraint", "reservation"):
         value = getattr(slurm, name)
         if value is not None:
@@ -129,17 +130,6 @@ def segment_nodes(plan: Plan) -> int | None:
     if not plan.site.slurm.segment or widest == 1 or plan.nodes % widest:
         return None
     return widest
-
-
-def _gpu_request(plan: Plan) -> Iterator[str]:
-    slurm = plan.site.slurm
-    if plan.device == "cpu" or slurm.gpu_request == "none":
-        return
-    kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
-    if slurm.gpu_request == "gres":
-        yield f"--gres=gpu:{kind}{plan.slots_per_node}"
-    else:
-        yield f"--gpus-per-node={kind}{plan.slots_per_node}"
 
 
 def _step(plan: Plan, run_dir: Path) -> list[str]:

@@ -144,7 +144,7 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             if self._config.workers:
                 group.create_task(self._watch.alive(self._config.workers, self._answering))
-            group.create_task(self._watch.facts(lambda: self._table.workers, self._on_facts))
+            group.create_task(self._watch.facts(lambda: self._table.workers, self._busy, self._on_facts))
             group.create_task(self._watch.models(lambda: self._table.workers, self._on_models))
             if self._feed is not None:
                 group.create_task(self._feed.run())
@@ -290,6 +290,12 @@ class Supervisor:
         )
         self._table = msgspec.structs.replace(self._table, workers=workers)
         self._tell(self._table)
+
+    def _busy(self, worker: str) -> bool:
+        """Has any relay a request there, as of its last report?"""
+        return any(
+            child.stats.get("workers", {}).get(worker, {}).get("in_flight") for child in self._children
+        )
 
     def _on_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         self._facts.update(facts)

@@ -54,6 +54,7 @@ class Watch:
     def __init__(self, config: RouterConfig) -> None:
         engine = engines.get(config.engine)
         self._health, self._metrics = engine.health_path, engine.metrics_path
+        self._waits = engine.metrics_wait
         self._headers = bearer(config.job_key)
         self._pool = Pool(connect_timeout=_PATIENCE)
         self._strikes: dict[str, int] = {}
@@ -120,23 +121,27 @@ class Watch:
     async def facts(
         self,
         specs: Callable[[], Iterable[WorkerSpec]],
+        busy: Callable[[str], bool],
         tell: Callable[[Mapping[str, Mapping[str, Any]]], None],
     ) -> None:
-        """Until cancelled: `tell` what the engines in rotation say of themselves."""
+        """Until cancelled: `tell` what the engines in rotation say of themselves. `busy`: has the worker of
+        this name requests?"""
         while True:
             current = tuple(specs())
             await asyncio.sleep(max(_EVERY, _WORKER_COST * len(current)))
-            read = await asyncio.gather(*(self._facts(spec) for spec in current))
+            read = await asyncio.gather(*(self._facts(spec, busy(spec.name)) for spec in current))
             running = set(map(_start, current))
             self._last = {start: facts for start, facts in self._last.items() if start in running}
             told = {spec.name: facts for spec, facts in zip(current, read, strict=True) if facts is not None}
             if told:
                 tell(told)
 
-    async def _facts(self, spec: WorkerSpec) -> Mapping[str, Any] | None:
+    async def _facts(self, spec: WorkerSpec, busy: bool) -> Mapping[str, Any] | None:
         """None: it does not say; its liveness is not this method's business."""
+        if self._waits and not busy:
+            return self._idle(spec)
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_PATIENCE + self._waits):
                 url = spec.url.rstrip("/") + self._metrics
                 async with await self._pool.request("GET", url, headers=self._headers) as response:
                     text = await response.read(_METRICS_MAX)
@@ -150,6 +155,11 @@ class Watch:
         except (UpstreamError, TimeoutError, ValueError) as error:
             log.debug("no metrics of %s: %s", spec.name, error)
             return None
+
+    def _idle(self, spec: WorkerSpec) -> Mapping[str, Any] | None:
+        """What is known already, of an engine that would have to be waited for."""
+        last = self._last.get(_start(spec))
+        return None if last is None else dataclasses.asdict(iteration_stats.idle(last))
 
     async def models(
         self, specs: Callable[[], Iterable[WorkerSpec]], tell: Callable[[Mapping[str, Models]], None]

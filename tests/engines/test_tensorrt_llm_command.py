@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from hpcserve.config.model import ModelSpec, RoleSpec
+from hpcserve.config.site import ContainerSite, Site
 from hpcserve.engines.base import EngineCommand
 from hpcserve.engines.tensorrt_llm import COMMAND_ONLY, RESERVED, WORKER_FILE, TensorRTLLM
 from hpcserve.errors import ConfigError, PlanError
-from tests.plan.cases import model, site, tp
+from tests.plan.cases import model, plan, site, tp
 
 from .cases import command, context, flags
 
@@ -200,9 +201,34 @@ def test_what_it_can_not_do_is_said() -> None:
         command(alone(quantization="fp8"), site(), replica="aggregated-0")
     with pytest.raises(ConfigError, match="over all ranks or over none"):
         command(alone(aggregated=tp(2, data_parallel=4)), site(), replica="aggregated-0")
-    with pytest.raises(PlanError, match="engine tensorrt-llm runs inside one node, which has 8") as caught:
-        command(alone(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2)
-    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (replace(site(), scheduler="local"), "site here has no Slurm"),
+        (site(mpi="none"), "slurm.mpi of site here is none"),
+        (
+            replace(site(), container=ContainerSite(runtime="pyxis", image="i")),
+            "inside pyxis there are no Slurm",
+        ),
+    ],
+)
+def test_a_replica_over_several_nodes_is_refused_where_srun_can_not_start_it(at: Site, message: str) -> None:
+    with pytest.raises(
+        PlanError, match=f"over 2 nodes is an MPI program that srun starts.*{message}"
+    ) as caught:
+        plan(alone(aggregated=tp(16)), at, nodes=2)
+    assert "lower the parallel sizes of `aggregated`" in str(caught.value.hint)
+    plan(alone(aggregated=tp(8)), at, nodes=1)
+
+
+def test_over_several_nodes_it_is_told_how_many_gpus_each_has() -> None:
+    made = command(alone(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2)
+    assert flags(made.argv)["--tp_size"] == "16" and flags(made.argv)["--gpus_per_node"] == "8"
+    assert refused(made) == []
+    assert made.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    assert "--gpus_per_node" not in command(PAIR, site(), replica="prefill-1", nodes=2).argv
 
 
 def test_its_nixl_agents_name_the_interface_that_the_node_found() -> None:

@@ -55,6 +55,7 @@ def test_files_of_a_command_are_there_when_it_starts(tmp_path: Path) -> None:
         log=tmp_path / "log",
         keeper=cast(Keeper, NoKeeper()),
         find_leader=lambda _: None,
+        find_seats=lambda _: {},
     )
     lines: list[str] = []
     # The second start finds the file of the first.

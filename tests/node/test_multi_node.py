@@ -12,8 +12,9 @@ from pathlib import Path
 import msgspec
 
 from hpcserve.node.agent.agent import of_another_process
-from hpcserve.node.agent.engine_launch import Leader, RunningEngine
+from hpcserve.node.agent.engine_launch import Leader
 from hpcserve.node.agent.replica_process import Patience, ReplicaProcess
+from hpcserve.node.agent.running_engine import RunningEngine
 from hpcserve.node.calls import Calls
 from hpcserve.node.head.registry import Heartbeat, Registry
 from tests.patience import DEADLINE

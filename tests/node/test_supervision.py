@@ -16,10 +16,11 @@ import pytest
 
 from hpcserve.engines.base import Failure
 from hpcserve.engines.fake import Fake
-from hpcserve.node.agent.engine_launch import Leader, RunningEngine
+from hpcserve.node.agent.engine_launch import Leader
 from hpcserve.node.agent.keeper import Keeper
 from hpcserve.node.agent.log_pump import LogPump
 from hpcserve.node.agent.replica_process import Patience, ReplicaProcess
+from hpcserve.node.agent.running_engine import RunningEngine
 from hpcserve.node.calls import Calls
 from hpcserve.node.ports import PortRange, hold
 from tests.patience import DEADLINE
@@ -39,6 +40,9 @@ class ChildLauncher:
         self.started: list[RunningEngine] = []
 
     leads = True
+
+    def may_start(self) -> bool:
+        return True
 
     def leader(self) -> Leader | None:
         return None

@@ -14,3 +14,8 @@ def test_each_engine_is_known_everywhere() -> None:
     choices = engine.metadata["key"].choices
     assert set(ABILITIES) == set(choices)
     assert [engines.get(name).name for name in choices] == list(choices)
+
+
+def test_what_is_planned_as_a_step_is_started_as_one() -> None:
+    stepped = {name for name in ABILITIES if engines.get(name).mpi_launcher is not None}
+    assert {name for name, able in ABILITIES.items() if able.by_step} == stepped == {"tensorrt-llm"}

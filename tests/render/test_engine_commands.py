@@ -61,6 +61,22 @@ def test_a_file_that_an_engine_reads_is_written_by_the_script_as_well(tmp_path: 
     assert done.stdout.count("backend: NIXL") == 2 and done.stdout.count("dtype: $HOME `id`") == 2
 
 
+def test_a_step_over_several_nodes_is_one_command() -> None:
+    """As TensorRT-LLM's own examples start it, from the replica's first node."""
+    wide = RoleSpec(tensor_parallel=16)
+    model = ModelSpec(model="/m", engine="tensorrt-llm", prefill=wide, decode=wide)
+    planned = plan(dgx(), model=model, nodes=4)
+    made = engine_commands(planned)
+    assert [(replica.name, rank) for replica, rank, _ in made] == [("prefill-0", 0), ("decode-0", 2)]
+    text = render_commands(planned)
+    assert text.count("  srun \\\n") == 2 and "# decode-0 on nodes 2, 3, slots 0,1,2,3,4,5,6,7" in text
+    for words in (
+        '"--nodelist=$NODES"', "--ntasks=16", "--ntasks-per-node=8", "--mpi=pmix", "--gres=gpu:8",
+        'trtllm-llmapi-launch \\\n  "$PYTHON" -m hpcserve.engines.tensorrt_llm_server',
+    ):  # fmt: skip
+        assert words in text, text
+
+
 def test_a_forbidden_flag_is_found_before_anything_is_submitted() -> None:
     with pytest.raises(ConfigError, match=r"engine_args\.port"):
         engine_commands(plan(dgx(), model=pair(engine_args={"port": 1}), nodes=2))

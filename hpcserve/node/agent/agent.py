@@ -33,6 +33,7 @@ from .keeper import Keeper
 from .kv_news import KvNews
 from .orphan import end_orphan
 from .replica_process import Patience, ReplicaProcess
+from .seat import Seat
 
 HEARTBEAT = 1.0
 _LEAST_PAUSE = 0.02
@@ -77,6 +78,8 @@ class Agent:
         self._calls = Calls(inputs.job_key)
         self._changed = asyncio.Event()
         self._leaders: Mapping[str, Leader] = {}
+        self._seats: Mapping[str, Mapping[int, str]] = {}
+        """Directories for replicas on further nodes, by the replica's name and the node's rank."""
         self._head: Mapping[str, Any] | None = None
         """head.json of this attempt as it was last read; None until it must be read again."""
         self._head_port = _DISCARD
@@ -90,14 +93,11 @@ class Agent:
         self._lost: JobError | None = None
         self._scratch = make_scratch(inputs.plan.site.storage.node_local)
         keeper.sweep(self._scratch)
-        self._launchers: list[EngineLauncher] = []
+        self._launched: list[tuple[ReplicaProcess, EngineLauncher]] = []
         self._replicas = self._supervise()
         self._kv_news = KvNews(
             rank,
-            [
-                (replica, launcher.kv_event_endpoints())
-                for replica, launcher in zip(self._replicas, self._launchers, strict=True)
-            ],
+            [(replica, launcher.kv_event_endpoints()) for replica, launcher in self._launched],
             self._send_kv_news,
         )
 
@@ -105,12 +105,17 @@ class Agent:
     def _facts(self) -> RankFacts:
         return self._roster.ranks[self._rank]
 
-    def _supervise(self) -> list[ReplicaProcess]:
+    def _supervise(self) -> list[ReplicaProcess | Seat]:
         plan = self._inputs.plan
         engine = engines.get(plan.model.engine)
         cores = share_cores(plan, self._roster.ranks)
-        replicas = []
+        replicas: list[ReplicaProcess | Seat] = []
         for replica in plan.on_node(self._rank):
+            scratch = self._scratch / replica.name
+            if engine.in_step(replica) and replica.nodes[0] != self._rank:
+                seat = Seat(name=replica.name, role=replica.role, scratch=scratch, changed=self._changed.set)
+                replicas.append(seat)
+                continue
             launcher = EngineLauncher(
                 plan=plan,
                 replica=replica,
@@ -120,24 +125,24 @@ class Agent:
                 key=self._inputs.job_key,
                 environ=self._inputs.environ,
                 cpus=cores.get((self._rank, replica.name), ()),
-                scratch=self._scratch / replica.name,
+                scratch=scratch,
                 log=self._inputs.run.logs / f"{replica.name}.{self._facts.node}.log",
                 keeper=self._keeper,
                 find_leader=lambda name: self._leaders.get(name),
+                find_seats=lambda name: self._seats.get(name, {}),
             )
-            self._launchers.append(launcher)
-            replicas.append(
-                ReplicaProcess(
-                    name=replica.name,
-                    role=replica.role,
-                    engine=engine,
-                    launcher=launcher,
-                    patience=Patience(load=plan.ready_timeout),
-                    healthy=self._calls.healthy,
-                    changed=self._changed.set,
-                    ended=self._keeper.remove,
-                )
+            process = ReplicaProcess(
+                name=replica.name,
+                role=replica.role,
+                engine=engine,
+                launcher=launcher,
+                patience=Patience(load=plan.ready_timeout),
+                healthy=self._calls.healthy,
+                changed=self._changed.set,
+                ended=self._keeper.remove,
             )
+            self._launched.append((process, launcher))
+            replicas.append(process)
         return replicas
 
     async def run(self) -> None:
@@ -285,6 +290,10 @@ class Agent:
         self._leaders = {
             name: Leader(generation=int(entry["generation"]), ports=entry["ports"])
             for name, entry in answer.get("leaders", {}).items()
+        }
+        self._seats = {
+            name: {int(rank): scratch for rank, scratch in entry.items()}
+            for name, entry in answer.get("seats", {}).items()
         }
         for replica in self._replicas:
             order = answer.get("restart", {}).get(replica.name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,65 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...engines.base import Engine, EngineContext
+from ...engines.base import Engine, EngineCommand, EngineContext
 from ...engines.kv_events.endpoints import EventEndpoint, too_deep
 from ...errors import EngineError
 from ...plan.plan import Plan, ReplicaPlan
+from ...render.engine_step import srun_words
 from ...rundir.atomic import storage_error, write_text
 from ..console import warn
 from ..discovery.addresses import in_url
 from ..discovery.facts import RankFacts, Roster
 from ..ports import HeldPorts, PortRange, ephemeral_range, hold
-from ..process import signal_group
-from .environment import engine_environment
+from ..rank import node_names
+from .environment import engine_environment, step_environment
 from .keeper import Keeper
 from .log_pump import LogPump
+from .running_engine import RunningEngine
+from .step import NodeGone, RunningStep, Step
 from .transfer import transfer_devices
-
-_GROUP_END = 5.0
-"""Seconds the kernel may take to clear a killed process group."""
-
-
-class RunningEngine:
-    """A started engine process, its process group and its log."""
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], *, url: str | None, ports: Mapping[str, int], pump: LogPump
-    ) -> None:
-        self.process = process
-        self.url = url
-        """None for a process without an API: the second and later nodes of a replica."""
-        self.ports = ports
-        self.pump = pump
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def exited(self) -> bool:
-        return self.process.poll() is not None
-
-    async def end(self, deadline: Callable[[], float]) -> int:
-        """SIGTERM, and at `deadline` (loop time, may move) SIGKILL for the group. Returns the exit status."""
-        clock = asyncio.get_running_loop().time
-        if deadline() > clock() and not self.exited():
-            # Only the first process: an engine ends its own workers in the right order.
-            self.process.send_signal(signal.SIGTERM)
-            await self._wait(deadline)
-        last = clock() + _GROUP_END
-        while signal_group(self.pid, signal.SIGKILL) and clock() < last:
-            self.exited()
-            await asyncio.sleep(0.02)
-        await self._wait(lambda: last)
-        await asyncio.to_thread(self.pump.finish, 2.0)
-        return self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
-
-    async def _wait(self, deadline: Callable[[], float]) -> None:
-        while True:
-            if self.exited() or asyncio.get_running_loop().time() >= deadline():
-                return
-            await asyncio.sleep(0.02)
-
 
 _NICE = 5
 """How much nicer engines on the CPU are than the agent."""
@@ -101,6 +57,8 @@ class EngineLauncher:
     keeper: Keeper
     find_leader: Callable[[str], Leader | None]
     """The head process of a replica, by the replica's name; None while it does not run."""
+    find_seats: Callable[[str], Mapping[int, str]]
+    """Private directories for a replica on those of its further nodes that are there, by rank."""
 
     @property
     def facts(self) -> RankFacts:
@@ -119,6 +77,12 @@ class EngineLauncher:
     def leader(self) -> Leader | None:
         """The head process this one belongs to; None while it does not run."""
         return self.find_leader(self.replica.name)
+
+    def may_start(self) -> bool:
+        """Are all nodes there that the replica's step needs? Slurm would wait for one that is not."""
+        if not self.engine.in_step(self.replica):
+            return True
+        return set(self.replica.nodes[1:]) <= set(self.find_seats(self.replica.name))
 
     def launch(self, generation: int, leader: Leader | None, on_line: Callable[[str], None]) -> RunningEngine:
         """Start the process on new ports. Raises JobError, or StorageError, when it can't be started at all.
@@ -144,6 +108,9 @@ class EngineLauncher:
             raise storage_error(error, "make a node-local directory") from error
         for name, text in command.files.items():
             write_text(self.scratch / name, text, mode=0o600)
+        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if self.node == 0 else None
+        if self.engine.in_step(self.replica):
+            return self._launch_step(command, url, ports, on_line)
         environment = engine_environment(
             self.environ,
             command.env,
@@ -151,17 +118,49 @@ class EngineLauncher:
             key=self.key,
             scratch=str(self.scratch),
         )
-        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if self.node == 0 else None
-        return self._spawn(command.argv, environment, url, ports, on_line)
+        process, pump = self._spawn(command.argv, environment, on_line)
+        return RunningEngine(process, url=url, ports=ports, pump=pump)
 
-    def _spawn(
+    def _launch_step(
         self,
-        argv: tuple[str, ...],
-        environment: Mapping[str, str],
+        command: EngineCommand,
         url: str | None,
         ports: Mapping[str, int],
         on_line: Callable[[str], None],
     ) -> RunningEngine:
+        """The replica as one MPI program on all its nodes. The key stays on this one."""
+        assert self.engine.mpi_launcher is not None
+        scratches = {self.rank: str(self.scratch), **self.find_seats(self.replica.name)}
+        if not set(self.replica.nodes) <= set(scratches):
+            raise NodeGone(
+                f"{self.replica.name}: one of its nodes is gone", hint="it starts when that is back"
+            )
+        names = node_names(self.environ)
+        variables = {}
+        for place, rank in enumerate(self.replica.nodes):
+            context = self._context(ports, place=place, scratch=scratches[rank])
+            variables[names[rank]] = {"TMPDIR": scratches[rank], **self.engine.command(context).env}
+        step = Step(
+            launcher=self.engine.mpi_launcher,
+            argv=command.argv,
+            secrets={self.engine.key_variable: self.key},
+            variables=variables,
+            scratch=self.scratch,
+            name=self.replica.name,
+        )
+        lifeline = step.prepare()
+        try:
+            words = srun_words(self.plan, self.replica, ",".join(variables))
+            environment = step_environment(self.environ, step.environment(self.environ))
+            process, pump = self._spawn((*words, *step.task()), environment, on_line)
+        except BaseException:
+            os.close(lifeline)
+            raise
+        return RunningStep(process, url=url, ports=ports, pump=pump, lifeline=lifeline)
+
+    def _spawn(
+        self, argv: tuple[str, ...], environment: Mapping[str, str], on_line: Callable[[str], None]
+    ) -> tuple[subprocess.Popen[bytes], LogPump]:
         try:
             process = subprocess.Popen(
                 argv,
@@ -183,7 +182,7 @@ class EngineLauncher:
         if self.plan.device == "cpu":
             make_nicer(process.pid)
         assert process.stdout is not None
-        return RunningEngine(process, url=url, ports=ports, pump=LogPump(process.stdout, self.log, on_line))
+        return process, LogPump(process.stdout, self.log, on_line)
 
     def kv_event_endpoints(self) -> tuple[EventEndpoint, ...]:
         """Where this process's KV events are read; () if it publishes none."""
@@ -205,20 +204,25 @@ class EngineLauncher:
         seed = f"{self.log} {self.roster.attempt} {self.rank} {self.replica.name} {name} {generation}"
         return PortRange(low=ports.low, high=ports.high, seed=seed, ephemeral=ephemeral_range())
 
-    def _context(self, ports: Mapping[str, int]) -> EngineContext:
+    def _context(
+        self, ports: Mapping[str, int], *, place: int | None = None, scratch: str | None = None
+    ) -> EngineContext:
+        """Of this node, or of another `place` of the replica that this node starts."""
+        place = self.node if place is None else place
+        facts = self.roster.ranks[self.replica.nodes[place]]
         return EngineContext(
             plan=self.plan,
             replica=self.replica,
-            node=self.node,
-            address=self.facts.address,
+            node=place,
+            address=facts.address,
             head_address=self.roster.ranks[self.replica.nodes[0]].address,
             ports={name: str(port) for name, port in ports.items()},
             model_path=self.plan.model.model,
             cpus=self.cpus,
-            fabric_env=transfer_devices(self.plan, self.facts, self.replica).env,
+            fabric_env=transfer_devices(self.plan, facts, self.replica).env,
             python=sys.executable,
-            scratch=str(self.scratch),
-            gpu_names=tuple(gpu.visible for gpu in self.facts.gpus),
+            scratch=scratch or str(self.scratch),
+            gpu_names=tuple(gpu.visible for gpu in facts.gpus),
         )
 
 

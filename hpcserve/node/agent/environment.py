@@ -68,6 +68,20 @@ def scrub(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+_OF_THE_JOB = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTERS", "SLURM_NETWORK")
+
+
+def step_environment(environ: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """What srun gets for a step beside the agents' step: it takes variables for flags that nobody gave, such
+    as the agents' task count, memory or GPUs, so only what names the job and the cluster is left."""
+    kept = {
+        name: value
+        for name, value in scrub(environ).items()
+        if not name.startswith("SLURM_") or name.startswith(_OF_THE_JOB)
+    }
+    return {**kept, **added}
+
+
 def engine_environment(
     environ: Mapping[str, str], added: Mapping[str, str], *, key_variable: str, key: str, scratch: str
 ) -> dict[str, str]:

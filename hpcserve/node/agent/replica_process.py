@@ -11,7 +11,9 @@ from typing import Any, Literal, Protocol
 
 from ...engines.base import Engine, Failure
 from ...errors import HpcserveError
-from .engine_launch import Leader, RunningEngine
+from .engine_launch import Leader
+from .running_engine import RunningEngine
+from .step import NodeGone
 
 State = Literal["starting", "loading", "ready", "backoff", "failed", "draining", "stopped"]
 
@@ -37,6 +39,7 @@ class Patience:
 class Launcher(Protocol):
     @property
     def leads(self) -> bool: ...
+    def may_start(self) -> bool: ...
     def leader(self) -> Leader | None: ...
     def launch(
         self, generation: int, leader: Leader | None, on_line: Callable[[str], None]
@@ -131,8 +134,10 @@ class ReplicaProcess:
 
     def _due(self) -> bool:
         """A process that follows starts once for each start of its leader."""
+        if self._launcher.leads:
+            return self._launcher.may_start()
         leader = self._leader()
-        return self._launcher.leads or (leader is not None and leader.generation != self._generation)
+        return leader is not None and leader.generation != self._generation
 
     def _leader(self) -> Leader | None:
         return None if self._launcher.leads else self._launcher.leader()
@@ -162,7 +167,8 @@ class ReplicaProcess:
             # In a thread: a program on a slow file system must not stop the heartbeats.
             running = await asyncio.to_thread(self._launcher.launch, self._generation, leader, on_line)
         except HpcserveError as error:
-            return Failure(cause="launch", message=error.message, hint=error.hint or "", retry=False)
+            again = isinstance(error, NodeGone)
+            return Failure(cause="launch", message=error.message, hint=error.hint or "", retry=again)
         self._running = running
         self._changed()
         try:

@@ -335,6 +335,7 @@ class Head:
             **order,
             "leaders": self._registry.leaders(beat.rank),
             "restart": self._registry.restarts(beat.rank),
+            "seats": self._registry.seats(beat.rank),
             "kv_round": self._router.kv_round,
         }
 

@@ -34,6 +34,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     restart_in: float | None = None
     failure: dict[str, str] | None = None
+    scratch: str | None = None
+    """A node's private directory for a replica whose process there another node starts."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -277,6 +279,19 @@ class Registry:
         for replica in self.replicas.values():
             if rank in replica.plan.nodes[1:] and replica.entry is not None and replica.entry.ports:
                 found[replica.name] = {"generation": replica.generation, "ports": replica.entry.ports}
+        return found
+
+    def seats(self, rank: int) -> dict[str, dict[int, str]]:
+        """For the agent of `rank`: the further nodes of its replicas that wait for the replica's step, by
+        rank, with their directories. A node whose agent is lost or has ended is not among them."""
+        found: dict[str, dict[int, str]] = {}
+        for replica in self.replicas.values():
+            if replica.rank != rank:
+                continue
+            for member, entry in replica.members.items():
+                agent = self.agents[member]
+                if entry.scratch is not None and not agent.lost and not agent.done:
+                    found.setdefault(replica.name, {})[member] = entry.scratch
         return found
 
     def restarts(self, rank: int) -> dict[str, dict[str, Any]]:

@@ -43,6 +43,11 @@ def is_list(text: bytes) -> bool:
     return text[:16].lstrip().startswith(b"[")
 
 
+def idle(facts: EngineFacts) -> EngineFacts:
+    """The same engine without requests."""
+    return replace(facts, running=0.0, waiting=0.0)
+
+
 def read(text: bytes, before: EngineFacts | None) -> EngineFacts:
     """The facts after a reading; `before` are those after the last one. Raises ValueError for other JSON."""
     try:
@@ -51,7 +56,7 @@ def read(text: bytes, before: EngineFacts | None) -> EngineFacts:
         raise ValueError(f"not the iterations of TensorRT-LLM: {error}") from error
     facts = before or EngineFacts()
     if not iterations:
-        return replace(facts, running=0.0, waiting=0.0)
+        return idle(facts)
     last = iterations[-1]
     facts = _counted(facts, iterations)
     facts = replace(facts, running=float(last.num_active_requests), waiting=float(last.num_queued_requests))

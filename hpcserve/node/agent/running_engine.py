@@ -1,0 +1,55 @@
+"""A started engine process, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+
+from ..process import signal_group
+from .log_pump import LogPump
+
+_GROUP_END = 5.0
+"""Seconds the kernel may take to clear a killed process group."""
+
+
+class RunningEngine:
+    """A started engine process, its process group and its log."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], *, url: str | None, ports: Mapping[str, int], pump: LogPump
+    ) -> None:
+        self.process = process
+        self.url = url
+        """None for a process without an API: the second and later nodes of a replica."""
+        self.ports = ports
+        self.pump = pump
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def exited(self) -> bool:
+        return self.process.poll() is not None
+
+    async def end(self, deadline: Callable[[], float]) -> int:
+        """SIGTERM, and at `deadline` (loop time, may move) SIGKILL for the group. Returns the exit status."""
+        clock = asyncio.get_running_loop().time
+        if deadline() > clock() and not self.exited():
+            # Only the first process: an engine ends its own workers in the right order.
+            self.process.send_signal(signal.SIGTERM)
+            await self._wait(deadline)
+        last = clock() + _GROUP_END
+        while signal_group(self.pid, signal.SIGKILL) and clock() < last:
+            self.exited()
+            await asyncio.sleep(0.02)
+        await self._wait(lambda: last)
+        await asyncio.to_thread(self.pump.finish, 2.0)
+        return self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
+
+    async def _wait(self, deadline: Callable[[], float]) -> None:
+        while True:
+            if self.exited() or asyncio.get_running_loop().time() >= deadline():
+                return
+            await asyncio.sleep(0.02)

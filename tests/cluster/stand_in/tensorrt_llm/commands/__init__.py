@@ -1,0 +1,1 @@
+"""The commands of TensorRT-LLM that hpcserve starts."""

@@ -1,0 +1,1 @@
+"""The other side of TensorRT-LLM: its workers."""
