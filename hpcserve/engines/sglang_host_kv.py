@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 
 VARIABLE = "HPCSERVE_SGLANG_HOST_KV"
-_KINDS = "sglang.srt.disaggregation.nixl.conn._normalize_kv_mem_kinds"
+NORMALIZE = "sglang.srt.disaggregation.nixl.conn._normalize_kv_mem_kinds"
 
 
 def install() -> None:
@@ -24,7 +24,7 @@ def install() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(_KINDS, on_host, HookType.AROUND)
+    HookRegistry.register(NORMALIZE, on_host, HookType.AROUND)
 
 
 def on_host(
