@@ -50,7 +50,7 @@ class _Program(Engine):
             each.dialect: each for each in (Fake, FakeSGLang, FakeTensorRTLLM)
         }
         _, wanted = arguments.merge("", engine_args, {}).get(_DIALECT, ("", Fake.dialect))
-        if wanted not in dialects:
+        if not isinstance(wanted, str) or wanted not in dialects:
             raise ConfigError(
                 f"engine_args.{_DIALECT} must be one of {', '.join(dialects)}, not {wanted!r}",
                 hint="leave it out for an engine that speaks like vLLM",

@@ -223,7 +223,8 @@ def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
     env = {"SGLANG_CACHE_DIR": f"{context.scratch}/sglang", **variables.common(context)}
     if context.plan.device == "cpu":
-        env[HOST_KV] = "1"
+        if context.replica.role != "aggregated":
+            env[HOST_KV] = "1"
         if context.cpus:
             env[_CORES] = ",".join(map(str, context.cpus))
     env |= variables.given(context, OWN_VARIABLES)

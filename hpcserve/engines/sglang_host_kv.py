@@ -13,9 +13,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 VARIABLE = "HPCSERVE_SGLANG_HOST_KV"
 NORMALIZE = "sglang.srt.disaggregation.nixl.conn._normalize_kv_mem_kinds"
+
+
+def check() -> None:
+    """Raises RuntimeError where SGLang was asked for host memory and won't find this plugin."""
+    found = [entry.module for entry in entry_points(group="sglang.srt.plugins")]
+    if os.environ.get(VARIABLE) == "1" and __name__ not in found:
+        raise RuntimeError(
+            "SGLang's KV caches on a CPU need a plugin of hpcserve's, which is not registered in this"
+            " environment: install hpcserve again (pip install)"
+        )
 
 
 def install() -> None:

@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Any
 
-import msgspec
-
 from .answers import StreamedAnswer, WholeAnswer
 from .sequence import Output, Sequence
-
-_encode = msgspec.json.Encoder().encode
 
 Json = dict[str, Any]
 

@@ -129,9 +129,12 @@ class SGLangApp(App):
 
     async def _detokenize(self, exchange: Exchange) -> None:
         body = await self._json(exchange)
-        ids = requests.check_token_ids(body["tokens"])
+        ids = body.get("tokens")
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise RequestError("Invalid tokens type. Expected List[int].")
         special = not body.get("skip_special_tokens", True)
-        exchange.respond(200, _encode({"text": tokens.decode(ids, special=special)}))
+        text = tokens.decode(requests.check_token_ids(ids), special=special)
+        exchange.respond(200, _encode({"text": text}))
 
 
 def _params(body: Json, flags: Flags) -> dict[str, Any] | None:
