@@ -9,7 +9,7 @@ PYTHON ?= $(shell /usr/bin/python3 -c 'import sys, venv, ensurepip; sys.exit(sys
 	&& echo /usr/bin/python3 || echo python3)
 DEMO := .demo
 
-.PHONY: help venv clients sglang demo test test-clients check docs golden system clean
+.PHONY: help venv clients sglang demo test test-clients test-sglang check docs golden system clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,11 @@ test: system ## Lint, types, unit tests, and (as root on Debian) the tests on a 
 
 test-clients: venv clients ## aiperf, guidellm, lm-eval and the official clients through a launched run of real vLLM
 	$(BIN)/pytest -m "clients or engine" tests/router/test_vllm_clients.py
+
+test-sglang: sglang ## Real SGLang on the CPU: one prefill and two decode replicas, KV over NIXL; ten minutes on two cores
+	$(BIN)/pip install --quiet --no-deps --target $(SGLANG) --upgrade --group sglang-server
+	: >$(SGLANG)/torchvision/_meta_registrations.py
+	$(BIN)/pytest -m sglang tests/router/test_sglang_launched.py
 
 check: venv ## Style, types and generated files, without running a test
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """What hpcserve asks of an engine: one class per engine, and nothing about engines elsewhere.
 
-An engine is chosen by `engines.get(name)`. The same `command()` serves `--dry-run`, where addresses
-and ports are shell variables, and the agent, where they are real.
+A run's engine is `engines.of(model)`; the router is told its name, and gets it by `engines.get(name)`. The
+same `command()` serves `--dry-run`, where addresses and ports are shell variables, and the agent, where they
+are real.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Engine(ABC):
     """One engine program."""
 
     name: ClassVar[str]
+    """As in model.yaml; a variant of that engine (`configured`) has one of its own, by which the router gets
+    it."""
     key_variable: ClassVar[str]
     """Environment variable the engine reads its API key from."""
     health_path: ClassVar[str] = "/health"
@@ -86,6 +89,10 @@ class Engine(ABC):
     the command in the first task only. None: a process for each node."""
     shared_ports: ClassVar[frozenset[str]] = frozenset()
     """Names of ports that the replica's head binds and all its processes must be told."""
+
+    def configured(self, engine_args: Mapping[str, Any]) -> Engine:
+        """The engine as the top-level `engine_args` make it. Raises ConfigError."""
+        return self
 
     @abstractmethod
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
@@ -151,14 +158,26 @@ class Engine(ABC):
     # An answer that goes on at another replica. Bodies are decoded; the paths are the engine's own.
 
     can_resume: ClassVar[bool] = False
-    """The methods below may be called, and streams can be asked for `return_token_ids`."""
+    """The methods below may be called."""
+
+    def names_tokens(self, *, chat: bool) -> bool:
+        """Can streams be asked for `return_token_ids`, those of chats or those of completions?"""
+        return self.can_resume
+
     resume_path: ClassVar[str] = "/v1/completions"
     tokenize_path: ClassVar[str] = "/tokenize"
     detokenize_path: ClassVar[str] = "/detokenize"
+    detokenized_member: ClassVar[str] = "prompt"
+    """The member of that path's answer that is the text."""
+    text_ends_with_token: ClassVar[bool] = True
+    """Text that a stream wrote with one token ends where the token's own text does, but for stop strings."""
+    stop_member: ClassVar[str] = "stop_reason"
+    """The member of a choice that names the stop string or token that ended the answer."""
     models_path: ClassVar[str] = "/v1/models"
 
-    def resume_obstacle(self, body: Json) -> str | None:
-        """The part of a client's request that keeps another replica from going on in the middle."""
+    def resume_obstacle(self, body: Json, sent: str) -> str | None:
+        """The part of a client's request that keeps another replica from going on in the middle, where the
+        client has had the text `sent`."""
         return "the engine"
 
     def tokenize_request(self, body: Json) -> Json | None:

@@ -1,19 +1,26 @@
-"""The fake engine: vLLM's protocols and metrics without a model (`hpcserve.engines.fake_server`)."""
+"""The fake engine: another engine's protocols and metrics without a model (`hpcserve.engines.fake_server`).
+
+Whose, says `dialect` in the top-level `engine_args`. There is a class for each: the program is one, and they
+differ in the protocol and in what belongs to it.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from ..config.model import RoleSpec
+from ..errors import ConfigError
 from ..plan.plan import ReplicaPlan
 from . import arguments
-from .base import EngineCommand, EngineContext
+from .base import Engine, EngineCommand, EngineContext
+from .context_protocol import ContextEngine
 from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
+from .pair_protocol import BOOTSTRAP_PORT, PairEngine
 
 _OURS = "hpcserve sets it from the plan"
-_DIALECT = "a run of the fake engine speaks vLLM's protocols; others' are for tests of the router"
 RESERVED: Mapping[str, str] = {
     "model": "use the top-level key `model`",
     "served-model-name": "use the top-level key `served_name`",
@@ -22,36 +29,60 @@ RESERVED: Mapping[str, str] = {
     "port": _OURS,
     "role": _OURS,
     "side-channel-port": _OURS,
-    "dialect": _DIALECT,
-    "bootstrap-port": _DIALECT,
-    "bootstrap-timeout": _DIALECT,
+    "bootstrap-port": _OURS,
     "kv-lease": "use the top-level key `kv_lease`",
     "shutdown-timeout": "it follows from `slurm.kill_wait` of the site; see also the top-level key `drain`",
 }
 _DETAILS = "enable-prompt-tokens-details"
+_DIALECT = "dialect"
+_SIDE_CHANNEL = "side_channel"
 _LOADING = re.compile(r"Loading safetensors checkpoint shards:\s+\d+% Completed \| (\d+)/(\d+)")
 
 
-class Fake(NixlEngine):
-    name = "fake"
+class _Program(Engine):
+    """The program, whatever it speaks."""
+
     key_variable = "FAKE_ENGINE_API_KEY"
+    dialect: ClassVar[str]
+
+    def configured(self, engine_args: Mapping[str, Any]) -> Engine:
+        dialects: Mapping[str, type[_Program]] = {
+            each.dialect: each for each in (Fake, FakeSGLang, FakeTensorRTLLM)
+        }
+        _, wanted = arguments.merge("", engine_args, {}).get(_DIALECT, ("", Fake.dialect))
+        if not isinstance(wanted, str) or wanted not in dialects:
+            raise ConfigError(
+                f"engine_args.{_DIALECT} must be one of {', '.join(dialects)}, not {wanted!r}",
+                hint="leave it out for an engine that speaks like vLLM",
+            )
+        return dialects[wanted]()
+
+    def meeting_ports(self, role: str) -> Mapping[str, str]:
+        """Ports besides `http` in this role: name -> flag."""
+        return {} if role == "aggregated" else {_SIDE_CHANNEL: "--side-channel-port"}
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
-        ports = {"http": 1}
-        if replica.role != "aggregated":
-            ports["side_channel"] = 1
-        return ports
+        return {"http": 1, **dict.fromkeys(self.meeting_ports(replica.role), 1)}
 
     def command(self, context: EngineContext) -> EngineCommand:
+        """Raises ConfigError when `engine_args` sets what hpcserve sets, and for a pool's own dialect."""
         plan, ports, role = context.plan, context.ports, context.replica.role
         pool = getattr(plan.model, role) or RoleSpec()
         args = arguments.merge(role, plan.model.engine_args, pool.engine_args)
         arguments.refuse(args, RESERVED, "the fake engine")
+        where, _ = args.pop(_DIALECT, ("", None))
+        if where.startswith(role):
+            raise ConfigError(
+                f"{where}: all replicas of a run speak one dialect",
+                hint="set it in the top-level `engine_args`",
+            )
         argv = [context.python, "-m", "hpcserve.engines.fake_server", "--model", context.model_path]
         argv += ["--served-model-name", plan.served_name, "--role", role]
+        if self.dialect != Fake.dialect:
+            argv += ["--dialect", self.dialect]
         argv += ["--host", context.address, "--port", ports["http"]]
-        if role != "aggregated":
-            argv += ["--side-channel-port", ports["side_channel"]]
+        for name, flag in self.meeting_ports(role).items():
+            argv += [flag, ports[name]]
         argv += ["--kv-lease", str(plan.model.kv_lease)]
         if plan.model.max_model_len is not None:
             argv += ["--max-model-len", str(plan.model.max_model_len)]
@@ -65,14 +96,46 @@ class Fake(NixlEngine):
         env = {"PYTHONUNBUFFERED": "1", **plan.model.env, **pool.env}
         return EngineCommand(argv=tuple(argv), env=env)
 
+    def publishes(self, role: str) -> bool:
+        """Does a replica in this role say which prefixes it has?"""
+        return True
+
     def kv_event_endpoints(self, context: EngineContext) -> tuple[endpoints.EventEndpoint, ...]:
         """() as well where `engine_args` say themselves what becomes of the events."""
-        model = context.plan.model
-        pool = getattr(model, context.replica.role) or RoleSpec()
-        if "kv-events-config" in arguments.merge(context.replica.role, model.engine_args, pool.engine_args):
+        model, role = context.plan.model, context.replica.role
+        pool = getattr(model, role) or RoleSpec()
+        given = arguments.merge(role, model.engine_args, pool.engine_args)
+        if "kv-events-config" in given or not self.publishes(role):
             return ()
         return endpoints.in_directory(context.scratch)
 
     def progress(self, line: str) -> str | None:
         match = _LOADING.search(line)
         return f"weights {match[1]}/{match[2]}" if match else None
+
+
+class Fake(_Program, NixlEngine):
+    name = "fake"
+    dialect = "vllm"
+
+
+class FakeSGLang(_Program, PairEngine):
+    name = "fake-sglang"
+    dialect = "sglang"
+    health_path = "/ready"
+
+    def meeting_ports(self, role: str) -> Mapping[str, str]:
+        return {BOOTSTRAP_PORT: "--bootstrap-port"} if role == "prefill" else {}
+
+    def publishes(self, role: str) -> bool:
+        """As SGLang's, which on decode replicas keep no prefixes by default."""
+        return role != "decode"
+
+
+class FakeTensorRTLLM(_Program, ContextEngine):
+    name = "fake-tensorrt-llm"
+    dialect = "tensorrt-llm"
+
+    def publishes(self, role: str) -> bool:
+        """As TensorRT-LLM's under hpcserve (`docs/engines.md`)."""
+        return False

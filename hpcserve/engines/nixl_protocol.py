@@ -89,7 +89,7 @@ class NixlEngine(Engine):
 
     can_resume = True
 
-    def resume_obstacle(self, body: Json) -> str | None:
+    def resume_obstacle(self, body: Json, sent: str) -> str | None:
         return resuming.obstacle(body)
 
     def tokenize_request(self, body: Json) -> Json | None:

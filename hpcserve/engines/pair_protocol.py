@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from . import causes
+from . import causes, sglang_resuming
 from .base import Engine, Failure, Json
 
 BOOTSTRAP_PORT = "bootstrap"
@@ -70,6 +70,27 @@ class PairEngine(Engine):
         "data_parallel_rank",
         "disagg_prefill_dp_rank",
     )
+
+    can_resume = True
+    detokenized_member = "text"
+    stop_member = "matched_stop"
+    # Text up to the last space goes out while a character is incomplete (managers/detokenizer_manager.py).
+    text_ends_with_token = False
+
+    def names_tokens(self, *, chat: bool) -> bool:
+        return not chat
+
+    def resume_obstacle(self, body: Json, sent: str) -> str | None:
+        return sglang_resuming.obstacle(body, sent)
+
+    def tokenize_request(self, body: Json) -> Json | None:
+        return sglang_resuming.tokenize(body)
+
+    def answer_budget(self, body: Json) -> int | None:
+        return sglang_resuming.budget(body)
+
+    def resume_request(self, body: Json, prompt: Any, *, generated: int, max_tokens: int) -> Json:
+        return sglang_resuming.resume(body, prompt, generated=generated, max_tokens=max_tokens)
 
     def diagnose(self, log_tail: str, exit_status: int | None) -> Failure:
         return causes.diagnose(log_tail, exit_status)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ..errors import ConfigError
 from ..plan.plan import ReplicaPlan
 from . import arguments, progress, variables
 from .base import EngineCommand, EngineContext
 from .kv_events import endpoints
 from .pair_protocol import BOOTSTRAP_PORT, PairEngine
+from .sglang_host_kv import VARIABLE as HOST_KV
 from .sglang_server import KEY_VARIABLE, OPEN_DOORS
 
 _INSIDE = "engines are reached through the router only; `router.port` is the endpoint's port"
@@ -69,11 +69,15 @@ RESERVED: Mapping[str, str] = {
     "enable-pd-role-switch": "a replica keeps the role of its pool",
     "enable-metrics": "READY is proven with the engine's metrics, so they stay on",
 }
-OWN_VARIABLES = frozenset({KEY_VARIABLE, *OPEN_DOORS, "SGLANG_HOST_IP", "CUDA_VISIBLE_DEVICES"})
+_CORES = "SGLANG_CPU_OMP_THREADS_BIND"
+OWN_VARIABLES = frozenset({KEY_VARIABLE, *OPEN_DOORS, HOST_KV, "SGLANG_HOST_IP", "CUDA_VISIBLE_DEVICES"})
 
 DIST_PORTS = 14
 """SGLang counts up from the port of `--dist-init-addr`: six for its own processes (server_args.py, PortArgs)
 and, 13 above it, the one that tells other nodes of them (DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
+CPU_KV_TOKENS = 32768
+"""SGLang would take most of the node's memory for the KV cache of each engine on device cpu."""
+_RETRACTION = "disaggregation-decode-retraction-backup"
 _RADIX_ON_DECODE = "disaggregation-decode-enable-radix-cache"
 
 _PROGRESS: tuple[progress.Says, ...] = (
@@ -108,13 +112,7 @@ class SGLang(PairEngine):
         return ports
 
     def command(self, context: EngineContext) -> EngineCommand:
-        """Raises ConfigError when `engine_args` or `env` sets what hpcserve sets, and for what NIXL can't."""
-        if context.plan.device == "cpu" and context.replica.role != "aggregated":
-            # disaggregation/nixl/conn.py registers GPU memory only.
-            raise ConfigError(
-                "SGLang's KV transfer by NIXL needs GPUs, and `device` is cpu",
-                hint="use an `aggregated:` pool in model.yaml, or `engine: vllm`",
-            )
+        """Raises ConfigError when `engine_args` or `env` sets what hpcserve sets."""
         argv = [context.python, "-m", "hpcserve.engines.sglang_server", *_argv(context)]
         if self.kv_event_endpoints(context):
             argv += ["--kv-events-config", arguments.compact(endpoints.publisher(context.scratch))]
@@ -169,7 +167,7 @@ def _argv(context: EngineContext) -> Iterator[str]:
         if value is not None:
             yield from (f"--{flag}", str(value))
     if plan.device == "cpu":
-        yield from ("--device", "cpu")
+        yield from _on_cpu(replica.role, args)
     yield from _parallel(context)
     if replica.role != "aggregated":
         yield from ("--disaggregation-mode", replica.role, "--disaggregation-transfer-backend", "nixl")
@@ -181,6 +179,20 @@ def _argv(context: EngineContext) -> Iterator[str]:
         yield "--enable-cache-report"
     if "uvicorn-access-log-exclude-prefixes" not in args:
         yield from ("--uvicorn-access-log-exclude-prefixes", "/ready", "/metrics")
+
+
+def _on_cpu(role: str, given: Mapping[str, object]) -> Iterator[str]:
+    """What SGLang's wheel can do without a GPU: its kernels for CPUs are not in it, nor is CUDA there to wait
+    for a copy with (disaggregation/prefill.py, with the overlap schedule) or to pin memory with."""
+    yield from ("--device", "cpu")
+    if "attention-backend" not in given:
+        yield from ("--attention-backend", "torch_native")
+    if not {"max-total-tokens", "mem-fraction-static"} & set(given):
+        yield from ("--max-total-tokens", str(CPU_KV_TOKENS))
+    if role != "aggregated" and "disable-overlap-schedule" not in given:
+        yield "--disable-overlap-schedule"
+    if role == "decode" and _RETRACTION not in given:
+        yield from (f"--{_RETRACTION}", "cpu_tensor")
 
 
 def _parallel(context: EngineContext) -> Iterator[str]:
@@ -210,6 +222,11 @@ def _host(address: str) -> str:
 def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
     env = {"SGLANG_CACHE_DIR": f"{context.scratch}/sglang", **variables.common(context)}
+    if context.plan.device == "cpu":
+        if context.replica.role != "aggregated":
+            env[HOST_KV] = "1"
+        if context.cpus:
+            env[_CORES] = ",".join(map(str, context.cpus))
     env |= variables.given(context, OWN_VARIABLES)
     # Where decode engines find the ranks of a prefill engine (disaggregation/common/conn.py).
     env["SGLANG_HOST_IP"] = context.address

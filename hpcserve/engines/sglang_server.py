@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import sglang_host_kv
 from .key_guard import KeyGuard, job_key
 
 KEY_VARIABLE = "SGLANG_API_KEY"
@@ -38,8 +39,9 @@ class Secret(str):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Until the server ends. Raises RuntimeError without a key."""
+    """Until the server ends. Raises RuntimeError without a key, or without a plugin that it needs."""
     key = Secret(job_key(KEY_VARIABLE))
+    sglang_host_kv.check()
     for name in OPEN_DOORS:
         os.environ.pop(name, None)
     # Only now, and not in the processes that SGLang spawns from this module: it takes seconds.

@@ -30,7 +30,7 @@ def engine_commands(plan: Plan, *, python: str | None = None) -> list[Placed]:
     Raises ConfigError when `engine_args` or `env` sets what hpcserve sets, so a launch that renders
     these first fails before sbatch.
     """
-    engine = engines.get(plan.model.engine)
+    engine = engines.of(plan.model)
     program = "$PYTHON" if python is None else python
     return [
         (replica, rank, engine.command(_context(plan, replica, place, engine, program)))
@@ -62,7 +62,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
     it is what runs.
     """
     placed = engine_commands(plan, python=None)
-    engine = engines.get(plan.model.engine)
+    engine = engines.of(plan.model)
     stepped = any(engine.in_step(replica) for replica in plan.replicas)
     interpreter = python_on_nodes(plan, python) if python is not None else "python"
     head = [

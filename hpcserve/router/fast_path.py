@@ -22,7 +22,7 @@ from . import routes
 from .call import Call, Raw
 from .disaggregated import needs_local_prefill
 from .flight import Flight
-from .stream.asked import ask
+from .stream.asked import ask, count
 from .stream.pumping import Pumping, compiled
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class FastPath:
         prefill: Sequence[Worker] = ()
         if serving.disaggregated:
             prefill = serving.with_role("prefill")
-            if not prefill or needs_local_prefill(fields) is not None:
+            if engine.paired or not prefill or needs_local_prefill(fields) is not None:
                 return None
         call = Call(
             exchange=exchange, route=route, request_id=calls.request_id(exchange),
@@ -117,7 +117,8 @@ class FastPath:
         )  # fmt: skip
         demand = router.prompts.demand(call)
         router.runner.check_walltime(call, demand)
-        asked = ask(fields)
+        names = engine.names_tokens(chat=route is routes.CHAT)
+        asked = ask(fields) if names else count(fields)
         bodies = router.admission.bodies
         if not bodies.take(len(body)):
             return None

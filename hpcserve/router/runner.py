@@ -195,7 +195,8 @@ class Runner:
             return size > 0
 
         if call.streams:
-            asked = ask(body) if self._engine.can_resume else count(body)
+            chat = call.exchange.path == CHAT
+            asked = ask(body) if self._engine.names_tokens(chat=chat) else count(body)
             delivery.expect(asked, keep)
         attempt = partial(self._attempt, call, request_id)
         try:

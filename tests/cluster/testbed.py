@@ -205,17 +205,21 @@ class Testbed:
     def processes(self, name: str) -> list[int]:
         return namespaces.processes(self.host(name))
 
-    def commands_of(self, user: str, name: str) -> list[str]:
-        """Command lines of the user's processes on a node."""
+    def processes_of(self, user: str, name: str) -> dict[int, str]:
+        """The user's processes on a node: id -> command line."""
         uid = pwd.getpwnam(user).pw_uid
-        found = []
+        found = {}
         for pid in self.processes(name):
             try:
                 if Path(f"/proc/{pid}").stat().st_uid == uid:
-                    found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+                    found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended while we looked
         return found
+
+    def commands_of(self, user: str, name: str) -> list[str]:
+        """Command lines of the user's processes on a node."""
+        return list(self.processes_of(user, name).values())
 
     # Slurm
 

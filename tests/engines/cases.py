@@ -20,7 +20,7 @@ def context(
     planned = plan(spec, at, nodes=nodes)
     (chosen,) = [each for each in planned.replicas if each.name == replica]
     ports, port = {}, FIRST_PORT
-    for name, count in sorted(engines.get(spec.engine).ports(chosen).items()):
+    for name, count in sorted(engines.of(spec).ports(chosen).items()):
         ports[name] = str(port)
         port += count
     made = EngineContext(
@@ -38,7 +38,7 @@ def context(
 
 
 def command(spec: ModelSpec, at: Site, **where: Any) -> EngineCommand:
-    return engines.get(spec.engine).command(context(spec, at, **where))
+    return engines.of(spec).command(context(spec, at, **where))
 
 
 def flags(argv: tuple[str, ...]) -> dict[str, str | None]:

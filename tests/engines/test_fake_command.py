@@ -46,6 +46,38 @@ def test_its_parser_takes_the_command(replica: str) -> None:
     assert engines.get("fake").key_variable == KEY_VARIABLE
 
 
+@pytest.mark.parametrize("dialect", ["sglang", "tensorrt-llm"])
+@pytest.mark.parametrize("replica", ["prefill-0", "decode-0"])
+def test_a_run_speaks_the_dialect_of_its_engine_args(dialect: str, replica: str) -> None:
+    spec = model(engine="fake", engine_args={"dialect": dialect, "itl_ms": 2}, prefill=RoleSpec())
+    engine = engines.of(spec)
+    like = engines.get(dialect)
+    assert (engine.paired, engine.health_path, engine.kv_counted_by, engine.router_members) == (
+        like.paired, like.health_path, like.kv_counted_by, like.router_members,
+    )  # fmt: skip
+    # The router gets the same one by its name.
+    assert type(engines.get(engine.name)) is type(engine) and engine.key_variable == KEY_VARIABLE
+    argv = command(spec, site(gpus=0), replica=replica).argv
+    read = parse(argv[3:], {KEY_VARIABLE: "k"})
+    assert (read.dialect, read.role) == (dialect, replica[:-2])
+    meets = dialect == "sglang"
+    assert (read.bootstrap_port is not None) == (meets and replica == "prefill-0")
+    assert (read.side_channel_port is not None) == (not meets)
+    assert (read.kv_events is not None) == (meets and replica == "prefill-0")
+
+
+def test_a_dialect_that_does_not_exist_and_one_of_a_pool_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine_args\.dialect must be one of vllm, sglang, tensorrt-llm, not 'x'"
+    ):
+        engines.of(model(engine="fake", engine_args={"dialect": "x"}))
+    pool = RoleSpec(engine_args={"dialect": "sglang"})
+    with pytest.raises(
+        ConfigError, match=r"prefill\.engine_args\.dialect: all replicas of a run speak one dialect"
+    ):
+        command(model(engine="fake", prefill=pool), site(gpus=0), replica="prefill-0")
+
+
 @pytest.mark.parametrize("flag", sorted(RESERVED))
 def test_flags_that_hpcserve_sets_are_refused(flag: str) -> None:
     with pytest.raises(ConfigError, match=f"hpcserve sets `--{flag}` of the fake engine itself"):

@@ -8,7 +8,8 @@ import pytest
 
 from hpcserve.config.model import ModelSpec, RoleSpec
 from hpcserve.engines.kv_events.endpoints import EventEndpoint
-from hpcserve.engines.sglang import DIST_PORTS, RESERVED, SGLang
+from hpcserve.engines.sglang import CPU_KV_TOKENS, DIST_PORTS, RESERVED, SGLang
+from hpcserve.engines.sglang_host_kv import VARIABLE
 from hpcserve.errors import ConfigError, PlanError
 from tests.plan.cases import model, site, tp
 
@@ -64,10 +65,19 @@ def test_aggregated_has_no_transfer() -> None:
     assert not [word for word in argv if word.startswith("--disaggregation")]
 
 
-def test_a_pair_on_the_cpu_is_refused() -> None:
-    pair = model(engine="sglang", prefill=RoleSpec(), decode=RoleSpec())
-    with pytest.raises(ConfigError, match="needs GPUs"):
-        command(pair, site(gpus=0), replica="decode-0", nodes=2)
+def test_a_pair_on_the_cpu_passes_kv_from_the_hosts_memory() -> None:
+    pair = model(engine="sglang", prefill=RoleSpec(), decode=RoleSpec(engine_args={"max_total_tokens": 4096}))
+    made = command(pair, site(gpus=0), replica="decode-0", nodes=2, cpus=(2, 3))
+    found = flags(made.argv)
+    assert (found["--device"], found["--attention-backend"]) == ("cpu", "torch_native")
+    assert found["--max-total-tokens"] == "4096" and "--disable-overlap-schedule" in found
+    assert found["--disaggregation-decode-retraction-backup"] == "cpu_tensor"
+    assert made.env[VARIABLE] == "1" and made.env["SGLANG_CPU_OMP_THREADS_BIND"] == "2,3"
+    prefill = flags(command(pair, site(gpus=0), replica="prefill-0", nodes=2).argv)
+    assert prefill["--max-total-tokens"] == str(CPU_KV_TOKENS)
+    assert "--disaggregation-decode-retraction-backup" not in prefill
+    with pytest.raises(ConfigError, match=f"env.{VARIABLE}"):
+        command(model(engine="sglang", env={VARIABLE: "1"}), site(gpus=0), replica="aggregated-0")
 
 
 def test_ports() -> None:

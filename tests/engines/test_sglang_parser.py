@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any
 import pytest
 
 from hpcserve.config.model import RoleSpec
+from hpcserve.engines import sglang_host_kv
 from hpcserve.engines.base import EngineCommand
 from tests.plan.cases import model, site, tp
 
 from .cases import command
 
-FOLDER = Path(os.environ.get("HPCSERVE_SGLANG", Path(__file__).resolve().parents[2] / ".sglang"))
+CHECKOUT = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("HPCSERVE_SGLANG", CHECKOUT / ".sglang"))
 
 READ = """
 import json, sys
@@ -100,6 +103,8 @@ def cases() -> Iterator[tuple[str, EngineCommand]]:
     yield "copies", command(copies, site(), replica="aggregated-0")
     yield "named", command(named, site(), replica="aggregated-0")
     yield "cpu", command(model(engine="sglang", aggregated=RoleSpec()), site(gpus=0), replica="aggregated-0")
+    hosts = model(engine="sglang", prefill=RoleSpec(), decode=RoleSpec())
+    yield "cpu decode", command(hosts, site(gpus=0), replica="decode-0", nodes=2)
 
 
 @cache
@@ -155,7 +160,14 @@ def test_it_is_the_version_that_the_adapter_was_written_for() -> None:
             "quantization": "fp8", "revision": "main", "dtype": "bfloat16", "context_length": 4096,
             "disaggregation_mode": "null",
         }),
-        ("cpu", {"device": "cpu", "tp_size": 1}),
+        ("cpu", {
+            "device": "cpu", "tp_size": 1, "attention_backend": "torch_native", "max_total_tokens": 32768,
+            "disable_overlap_schedule": False,
+        }),
+        ("cpu decode", {
+            "device": "cpu", "disaggregation_mode": "decode", "disable_overlap_schedule": True,
+            "disaggregation_decode_retraction_backup": "cpu_tensor",
+        }),
     ],
 )  # fmt: skip
 def test_sglang_reads_every_command_line(case: str, understood: dict[str, Any]) -> None:
@@ -197,6 +209,20 @@ def test_it_is_started_with_the_key_behind_the_guard() -> None:
     assert "the-key" not in ran["shown"] + done.stderr
     source = ast.parse((FOLDER / "sglang/srt/entrypoints/http_server.py").read_text(encoding="utf-8"))
     assert "app = FastAPI(" in [ast.unparse(node)[:14] for node in source.body]
+
+
+def test_kv_of_the_host_is_told_where_sglang_asks_of_which_kind_it_is() -> None:
+    """The plugin's entry point is that of SGLang's group, and the function that it goes around is there."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    (path,) = project["entry-points"]["sglang.srt.plugins"].values()
+    assert path == f"{sglang_host_kv.__name__}:{sglang_host_kv.install.__name__}"
+    assert '"sglang.srt.plugins"' in (FOLDER / "sglang/srt/plugins/__init__.py").read_text()
+    module, name = sglang_host_kv.NORMALIZE.rsplit(".", 1)
+    source = ast.parse((FOLDER / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    (function,) = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    assert [argument.arg for argument in function.args.args] == ["kinds", "expected_len"]
+    told = sglang_host_kv.on_host(lambda kinds, length: kinds[:length], None, 3)
+    assert told == ["DRAM"] * 3
 
 
 def test_the_key_is_sent_and_not_shown() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpcserve.engines import sglang_server
+from hpcserve.engines import sglang_host_kv, sglang_server
 from hpcserve.engines.sglang_server import OPEN_DOORS, JobKeyGuard, Secret
 
 
@@ -108,3 +108,17 @@ async def test_the_guard_asks_for_sglangs_key(monkeypatch: pytest.MonkeyPatch) -
     for headers in ([], [(b"authorization", b"Bearer secret")]):
         await JobKeyGuard(app)({"type": "http", "path": "/ready", "headers": headers}, receive, send)
     assert sent == ["http.response.start", "http.response.body", "passed"]
+
+
+def test_host_memory_without_the_plugin_that_tells_of_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Started(monkeypatch)
+    monkeypatch.setenv("SGLANG_API_KEY", "k")
+    monkeypatch.setattr(sglang_host_kv, "entry_points", lambda *, group: ())
+    sglang_server.main([])
+    monkeypatch.setenv(sglang_host_kv.VARIABLE, "1")
+    with pytest.raises(RuntimeError, match="install hpcserve again"):
+        sglang_server.main([])
+    plugin = SimpleNamespace(module="hpcserve.engines.sglang_host_kv")
+    monkeypatch.setattr(sglang_host_kv, "entry_points", lambda *, group: (plugin,))
+    sglang_server.main(["--model-path", "/m"])
+    assert started.argv == ["--model-path", "/m"]

@@ -65,14 +65,27 @@ class LaunchedRun:
         argv = [sys.executable, "-m", "hpcserve", *words]
         return subprocess.run(argv, env=env, text=True, capture_output=True, timeout=timeout)
 
-    def start(self) -> None:
+    def start(self, seconds: float = _START) -> None:
         words = ("launch", "--site", "local", "--nodes", str(self._nodes), "--name", self._run.name)
-        done = self.hpcserve(*words, str(self._spec), timeout=_START)
+        done = self.hpcserve(*words, str(self._spec), timeout=seconds)
         assert done.returncode == 0, f"{done.stderr[-3000:]}\n{self._logs()}"
         self.url = json.loads((self._run / "endpoint.json").read_text())["url"]
         self.key = (self._run / "secrets" / "api-key").read_text().strip()
         # What the launcher asked itself, for its proof, is written down before the first test looks.
         _until(self._ledger, lambda used: used[0] > 0, "the ledger's first line", _LEDGER)
+
+    @property
+    def name(self) -> str:
+        return self._run.name
+
+    @property
+    def job_key(self) -> str:
+        return (self._run / "secrets" / "job-key").read_text().strip()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The run's events of that name, in order."""
+        events = map(json.loads, (self._run / "events.jsonl").read_text().splitlines())
+        return [event for event in events if event["event"] == name]
 
     def stop(self) -> None:
         if self._run.exists():

@@ -85,7 +85,7 @@ class StreamedAnswer:
         self._waiting: dict[int, Output] = {}
 
     def start(self) -> None:
-        """Send the head; vLLM does so before the first token, SGLang with it."""
+        """Send the head; vLLM does so before the first token."""
         self._exchange.start(200, _EVENT_STREAM)
 
     def on_output(self, sequence: Sequence, output: Output) -> None:

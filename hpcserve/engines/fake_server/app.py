@@ -166,10 +166,9 @@ class App:
         flags = self._engine.flags
         details = flags.enable_prompt_tokens_details
         if not generation.stream:
-            return WholeAnswer(exchange, generation, count, details=details, dialect=flags.dialect)
+            return WholeAnswer(exchange, generation, count, details=details)
         answer = StreamedAnswer(exchange, generation, count, details=details, interval=flags.stream_interval)
-        if flags.dialect == "vllm":
-            answer.start()
+        answer.start()
         return answer
 
     def _sequences(self, generation: Generation, answer: StreamedAnswer | WholeAnswer) -> list[Sequence]:

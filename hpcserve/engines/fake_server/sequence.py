@@ -97,6 +97,8 @@ class Sequence:
         self.loads_remotely = bool(self.kv_params.get("do_remote_prefill"))
         self.result_kv_params: dict[str, Any] | None = None
         self.logprobs: list[list[tuple[int, float]]] = []
+        self.holds_stops = True
+        """Text in which a stop string could begin waits for the rest of it."""
         self._speech = speech
         # As in an engine: bytes of a character wait for the rest of it.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -167,7 +169,7 @@ class Sequence:
         if finish is None and self.output_length >= sampling.max_tokens:
             finish = "length"
         end = len(self._text)
-        if finish is None and sampling.stop:
+        if finish is None and sampling.stop and self.holds_stops:
             end = max(self._sent, end - max(map(len, sampling.stop)) + 1)
         delta = self._text[self._sent : end]
         self._sent = max(self._sent, end)

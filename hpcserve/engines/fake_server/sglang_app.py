@@ -7,14 +7,20 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from ...http.server import Exchange
+from . import requests, tokens
 from .answers import StreamedAnswer, WholeAnswer
 from .app import App, Engine
 from .flags import Flags
 from .requests import Generation, Json, RequestError
 from .rooms import Rooms
 from .sequence import Listener, Output, Sequence
+from .sglang_answers import SGLangStream, SGLangWhole
 from .side_channel import WireError
+
+_encode = msgspec.json.Encoder().encode
 
 _MB = 1 << 20
 # vLLM's name, as `metrics.py` has it -> SGLang's (observability/metrics_collector.py).
@@ -35,6 +41,7 @@ _METRICS = {
     "nixl_bytes_transferred_sum": "kv_transfer_total_mb_sum",
     "nixl_bytes_transferred_count": "kv_transfer_total_mb_count",
 }
+_CHAT = "/v1/chat/completions"
 _SAMPLE = re.compile(r"vllm:(\w+)(\{.*\}) (\S+)")
 
 
@@ -66,6 +73,12 @@ class SGLangApp(App):
             if flags.role == "prefill":
                 # Whatever is asked for, prefill ends with the first token.
                 body = {**body, "max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 0}
+            if body.get("stream") and body.get("return_token_ids") and exchange.path == _CHAT:
+                raise RequestError(
+                    "return_token_ids is not supported with streaming on /v1/chat/completions. Please set"
+                    " stream=false when using return_token_ids=true.",
+                    kind="BadRequest",
+                )
             generation = parse({**body, "kv_transfer_params": _params(body, flags)}, flags, request_id)
             if flags.disaggregated and body.get("bootstrap_room") is None:
                 raise RequestError(
@@ -77,6 +90,14 @@ class SGLangApp(App):
 
         await super()._generate(exchange, meeting)
 
+    def _open(self, exchange: Exchange, generation: Generation, count: int) -> StreamedAnswer | WholeAnswer:
+        flags = self._engine.flags
+        details = flags.enable_prompt_tokens_details
+        if not generation.stream:
+            return SGLangWhole(exchange, generation, count, details=details, dialect="sglang")
+        # The head goes out with the first token.
+        return SGLangStream(exchange, generation, count, details=details, interval=flags.stream_interval)
+
     async def _answer(self, exchange: Exchange, generation: Generation) -> None:
         try:
             await super()._answer(exchange, generation)
@@ -87,6 +108,8 @@ class SGLangApp(App):
     def _sequences(self, generation: Generation, answer: StreamedAnswer | WholeAnswer) -> list[Sequence]:
         sequences = super()._sequences(generation, answer)
         params = generation.kv_params
+        for sequence in sequences:
+            sequence.holds_stops = False
         for sequence in sequences if params else ():
             assert params is not None
             if self._rooms is not None:
@@ -95,6 +118,23 @@ class SGLangApp(App):
             else:
                 sequence.kv_params = {**params, "remote_num_tokens": sequence.prompt_length}
         return sequences
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        body = await self._json(exchange)
+        text = requests.chat_text(body) if "messages" in body else body.get("prompt")
+        if not isinstance(text, str):
+            raise RequestError("Exactly one of 'prompt' or 'messages' must be provided.")
+        ids, most = tokens.encode(text), self._engine.flags.max_model_len
+        exchange.respond(200, _encode({"tokens": ids, "count": len(ids), "max_model_len": most}))
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        body = await self._json(exchange)
+        ids = body.get("tokens")
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise RequestError("Invalid tokens type. Expected List[int].")
+        special = not body.get("skip_special_tokens", True)
+        text = tokens.decode(requests.check_token_ids(ids), special=special)
+        exchange.respond(200, _encode({"text": text}))
 
 
 def _params(body: Json, flags: Flags) -> dict[str, Any] | None:

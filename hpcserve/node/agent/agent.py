@@ -107,7 +107,7 @@ class Agent:
 
     def _supervise(self) -> list[ReplicaProcess | Seat]:
         plan = self._inputs.plan
-        engine = engines.get(plan.model.engine)
+        engine = engines.of(plan.model)
         cores = share_cores(plan, self._roster.ranks)
         replicas: list[ReplicaProcess | Seat] = []
         for replica in plan.on_node(self._rank):

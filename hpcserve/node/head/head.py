@@ -113,7 +113,7 @@ class Head:
             roster=roster,
             registry=self._registry,
             prover=Prover(
-                engines.get(plan.model.engine),
+                engines.of(plan.model),
                 self._calls,
                 served_name=plan.served_name,
                 max_model_len=plan.model.max_model_len,
@@ -128,7 +128,7 @@ class Head:
             "port": router.port or [ports.low, ports.high],
             "api_key_file": str(run.api_key) if router.auth else None,
             "job_key_file": str(run.job_key),
-            "engine": self._plan.model.engine,
+            "engine": engines.of(self._plan.model).name,
             "served_name": self._plan.served_name,
             "policy": router.policy,
             "processes": router.processes,
@@ -362,7 +362,7 @@ class Head:
         if replica is None or replica.entry is None or replica.entry.url is None:
             return
         generation = replica.generation
-        path = engines.get(self._plan.model.engine).health_path
+        path = engines.of(self._plan.model).health_path
         if await self._calls.healthy(replica.entry.url + path, seconds=2.0):
             return
         if replica.generation == generation and replica.proven == generation:

@@ -29,19 +29,26 @@ def chunk(stream: GeneratedStream, choice: Json | None, usage: Json | None = Non
 
 
 def text_choice(
-    stream: GeneratedStream, text: str, ids: list[int], *, finish: str | None = None, stop: Any = None
+    stream: GeneratedStream,
+    text: str,
+    ids: list[int],
+    *,
+    finish: str | None = None,
+    stop: Any = None,
+    stop_member: str = "stop_reason",
 ) -> Json:
-    """The only choice of a chunk. The fields are those of vLLM's chunks, in its order."""
+    """The only choice of a chunk. The fields are those of vLLM's chunks, in its order, but for the name of
+    the one that says what ended the answer."""
     named = ids if stream.wants_ids else None
     if stream.chat:
         choice: Json = {
             "index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish,
         }  # fmt: skip
         if finish is not None:
-            choice["stop_reason"] = stop
+            choice[stop_member] = stop
         return choice | {"token_ids": named}
     return {
-        "index": 0, "text": text, "logprobs": None, "finish_reason": finish, "stop_reason": stop,
+        "index": 0, "text": text, "logprobs": None, "finish_reason": finish, stop_member: stop,
         "prompt_token_ids": None, "token_ids": named,
     }  # fmt: skip
 

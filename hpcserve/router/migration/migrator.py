@@ -130,7 +130,7 @@ class _Way:
         if not stream.text and stream.plain and self._single:
             await self._replay(stream, lost)
             return "restarted"
-        obstacle = self._engine.resume_obstacle(self._json)
+        obstacle = self._engine.resume_obstacle(self._json, stream.sent())
         if obstacle is None and not self._single:
             obstacle = "an answer of several choices"
         if obstacle is None and not stream.plain:
@@ -182,14 +182,20 @@ class _Way:
             self._prompt = stream.prompt_ids or await engines.prompt_ids(worker, self._json)
         prompt_tokens = self._prompt.count(b",") + 1
         model = self._json.get("model")
-        place = await cut(stream, self._json, lambda ids: engines.text(worker, model, ids))
+        place = await cut(
+            stream, self._json, lambda ids: engines.text(worker, model, ids),
+            exact=self._engine.text_ends_with_token,
+        )  # fmt: skip
         most = self._engine.answer_budget(self._json)
         if most is None:
             most = await engines.context(worker) - prompt_tokens
         if most <= place.tokens:
             self._end_here(stream, place.rest)
             return
-        delivery = Resumed(self._client, stream, place, prompt_tokens=prompt_tokens, body=self._json)
+        delivery = Resumed(
+            self._client, stream, place, prompt_tokens=prompt_tokens, body=self._json,
+            stop_member=self._engine.stop_member,
+        )  # fmt: skip
         prompt = msgspec.Raw(b"[" + (self._prompt + b"," + place.ids).rstrip(b",") + b"]")
         request = self._engine.resume_request(
             self._json, prompt, generated=place.tokens, max_tokens=most - place.tokens
@@ -204,6 +210,7 @@ class _Way:
 
     def _end_here(self, stream: GeneratedStream, rest: str) -> None:
         """All tokens the answer may have are there; the event that says so was lost."""
-        self._client.write(chunk(stream, text_choice(stream, rest, [], finish="length")))
+        choice = text_choice(stream, rest, [], finish="length", stop_member=self._engine.stop_member)
+        self._client.write(chunk(stream, choice))
         stream.finished = True
         self._complete(stream)

@@ -35,10 +35,18 @@ class Resumed:
     """The delivery of one request that goes on with a client's stream."""
 
     def __init__(
-        self, client: Client, stream: GeneratedStream, cut: Cut, *, prompt_tokens: int, body: Json
+        self,
+        client: Client,
+        stream: GeneratedStream,
+        cut: Cut,
+        *,
+        prompt_tokens: int,
+        body: Json,
+        stop_member: str = "stop_reason",
     ) -> None:
         self._client = client
         self._stream = stream
+        self._stop_member = stop_member
         self._prompt = prompt_tokens
         self._before = cut.tokens
         self._cut = cut
@@ -82,7 +90,7 @@ class Resumed:
         self._choice(choices[0])
 
     def _choice(self, choice: Json) -> None:
-        finish, stop = choice.get("finish_reason"), choice.get("stop_reason")
+        finish, stop = choice.get("finish_reason"), choice.get(self._stop_member)
         if finish == "abort":
             raise given_up()
         ids = choice.get("token_ids") or []
@@ -117,7 +125,7 @@ class Resumed:
             stream.single = len(ids) == 1 and self._watched is None
         stream.finished = finish is not None
         usage = self._usage({"completion_tokens": stream.tokens - self._before}) if self._counts else None
-        choice = text_choice(stream, text, ids, finish=finish, stop=stop)
+        choice = text_choice(stream, text, ids, finish=finish, stop=stop, stop_member=self._stop_member)
         self._client.write(chunk(stream, choice, usage))
 
     def _released(self, text: str, last: bool) -> tuple[str, str | None]:

@@ -90,19 +90,21 @@ class Engines:
         tokens = msgspec.Raw(b"[" + ids.rstrip(b",") + b"]")
         body: Json = {"tokens": tokens} if model is None else {"model": model, "tokens": tokens}
         answer = await self._ask(worker, "POST", self._engine.detokenize_path, body)
-        return str(answer.get("prompt"))
+        return str(answer.get(self._engine.detokenized_member))
 
 
-async def cut(stream: GeneratedStream, body: Json, text: Callable[[bytes], Any]) -> Cut:
+async def cut(
+    stream: GeneratedStream, body: Json, text: Callable[[bytes], Any], *, exact: bool = True
+) -> Cut:
     """The last token whose text reached the client whole. `text` gives the text of ids, an awaitable.
 
-    Usually the engine wrote one token and its text, and that is the place. Where it holds text back for stop
-    strings, or wrote several tokens at once, the last of which can be half a character, the tokens' own text
-    tells. Raises CannotGoOn.
+    Usually the engine wrote one token and its text, and that is the place, if the engine is `exact` about it.
+    Where it holds text back for stop strings, or wrote several tokens at once, the last of which can be half
+    a character, the tokens' own text tells. Raises CannotGoOn.
     """
     stops = body.get("stop") and not body.get("include_stop_str_in_output")
     reached = bytes(stream.ids[: stream.reached])
-    if stream.single and not stops:
+    if exact and stream.single and not stops:
         return Cut(tokens=reached.count(b","), ids=reached)
     ids = bytes(stream.ids)
     ends = [place + 1 for place, byte in enumerate(ids) if byte == 44]

@@ -78,17 +78,29 @@ class Answer:
                 self.finish[index] = choice["finish_reason"]
 
 
+_BUSY = (
+    "vllm:num_requests_running{",
+    "vllm:num_requests_waiting{",
+    "sglang:num_running_reqs{",
+    "sglang:num_queue_reqs{",
+)
+
+
 class Field:
     """`engines` are names such as `decode-1`; `flags` go to all of them."""
 
     def __init__(self, folder: Path, *engines: str, flags: Iterable[str] = (), **settings: Any) -> None:
         self.folder = folder
+        self.meets = settings.get("engine") == "sglang"
+        """The engines speak SGLang's dialect."""
         self.names = list(engines)
-        self.flags = tuple(flags)
+        self.flags = (*flags, *(("--dialect", "sglang") if self.meets else ()))
         self.engines: dict[str, FakeEngine] = {}
         self.pool = Pool(idle_per_origin=1024)
         self.generation = dict.fromkeys(engines, 0)
         self.ports = {name: free_port() for name in engines}
+        self.meetings = {name: free_port() for name in engines if name.startswith("prefill") and self.meets}
+        """Where decode engines find prefill engines."""
         for name in engines:
             self.launch(name)
         self.alone = FakeEngine(folder / "alone", *self.flags, "--itl-ms", "0.1", key=JOB_KEY)
@@ -101,7 +113,11 @@ class Field:
         role = name.partition("-")[0]
         flags: tuple[str, ...] = ("--itl-ms", "30", *self.flags, "--port", str(self.ports[name]))
         if role != "aggregated":
-            flags += ("--role", role, "--side-channel-port", str(free_port()))
+            flags += ("--role", role)
+            if name in self.meetings:
+                flags += ("--bootstrap-port", str(self.meetings[name]))
+            elif not self.meets:
+                flags += ("--side-channel-port", str(free_port()))
         self.engines[name] = FakeEngine(self.folder / name, *flags, key=JOB_KEY)
 
     async def start(self) -> Field:
@@ -111,9 +127,11 @@ class Field:
         return self
 
     async def announce(self, *names: str) -> None:
-        await self.router.table(
-            [worker(name, self.engines[name].url, self.generation[name]) for name in names]
-        )
+        told = [worker(name, self.engines[name].url, self.generation[name]) for name in names]
+        for entry in told:
+            if entry["name"] in self.meetings:
+                entry["ports"] = {"bootstrap": self.meetings[entry["name"]]}
+        await self.router.table(told)
 
     @property
     def base(self) -> str:
@@ -189,7 +207,7 @@ class Field:
             if engine.process.poll() is None:
                 text = (await asyncio.to_thread(engine.get, "/metrics")).text
                 for row in text.splitlines():
-                    if row.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{")):
+                    if row.startswith(_BUSY):
                         total += float(row.rpartition(" ")[2])
         return total
 

@@ -1,0 +1,176 @@
+"""Real SGLang on the CPU: one prefill and two decode replicas out of `hpcserve launch`, KV over NIXL.
+
+Not a part of `make test`: three engines take minutes to load on two cores (`make test-sglang`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.fake_engine.running import wait_until
+from tests.models import tiny_llama
+
+from .launched_run import LaunchedRun
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1500)]
+
+SGLANG = Path(os.environ.get("HPCSERVE_SGLANG", Path(__file__).resolve().parents[2] / ".sglang"))
+MODEL = """\
+model: {model}
+served_name: tiny
+engine: sglang
+device: cpu
+dtype: float32
+max_model_len: 2048
+ready_timeout: 1200
+prefill: {{nodes: 1}}
+decode: {{nodes: 2}}
+env: {{PYTHONPATH: "{sglang}"}}
+engine_args: {{max-total-tokens: 8192}}
+"""
+PROMPTS = [f"{number} quick brown foxes jump over the lazy dog" for number in range(6)]
+TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("sglang") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[LaunchedRun]:
+    launched = LaunchedRun(
+        tmp_path_factory.mktemp("run"), MODEL.format(model=weights, sglang=SGLANG), nodes=3
+    )
+    try:
+        launched.start(seconds=1200)
+        yield launched
+    finally:
+        launched.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(weights: Path) -> list[list[int]]:
+    """What transformers says to the prompts, greedily: an opinion that is not SGLang's."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(weights), AutoModelForCausalLM.from_pretrained(weights)
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            answer = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        found.append(answer[0, ids.shape[1] :].tolist())
+    return found
+
+
+def body(prompt: str, **fields: Any) -> dict[str, Any]:
+    greedy = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+    return {"model": "tiny", "prompt": prompt, **greedy, **fields}
+
+
+def ask(run: LaunchedRun, asked: dict[str, Any]) -> requests.Response:
+    key = {"authorization": f"Bearer {run.key}"}
+    return requests.post(f"{run.url}/completions", json=asked, headers=key, timeout=300, stream=True)
+
+
+def stream(run: LaunchedRun, prompt: str, started: list[str] | None = None) -> tuple[str, list[int]]:
+    """Text and token ids of a stream; `started` gets the prompt with the first event."""
+    text, ids = "", []
+    with ask(run, body(prompt, stream=True, return_token_ids=True)) as response:
+        assert response.status_code == 200, response.text
+        for line in response.iter_lines(chunk_size=1):
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            assert "error" not in event, event
+            for choice in event["choices"]:
+                text += choice["text"]
+                ids += choice["token_ids"] or []
+            if started is not None and prompt not in started:
+                started.append(prompt)
+    return text, ids
+
+
+def workers(run: LaunchedRun) -> dict[str, Any]:
+    status = json.loads(run.hpcserve("status", "--json", run.name).stdout)
+    return {worker["name"]: worker for worker in status["controller"]["workers"]}
+
+
+def busy(run: LaunchedRun) -> float:
+    """Requests that the engines themselves say they have, on their way between the two as well."""
+    key = {"authorization": f"Bearer {run.job_key}"}
+    total = 0.0
+    for worker in workers(run).values():
+        for line in requests.get(f"{worker['url']}/metrics", headers=key, timeout=60).text.splitlines():
+            name = line.partition("{")[0]
+            if name.startswith("sglang:num_") and name.endswith(("running_reqs", "queue_reqs")):
+                total += float(line.rpartition(" ")[2])
+    return total
+
+
+def test_kv_passed_and_answers_are_those_of_another_program(
+    run: LaunchedRun, expected: list[list[int]]
+) -> None:
+    proven = run.events("kv-path")
+    assert {event["decode"] for event in proven if event["ok"]} == {"decode-0", "decode-1"}
+    assert all(event["bytes"] > 0 for event in proven if event["ok"])
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        text, streamed = stream(run, prompt)
+        assert streamed == ids
+        whole = ask(run, body(prompt)).json()
+        assert whole["choices"][0]["text"] == text and whole["usage"]["completion_tokens"] == TOKENS
+
+
+def test_no_path_of_an_engine_is_open(run: LaunchedRun) -> None:
+    for worker in workers(run).values():
+        for path in ("/ready", "/health", "/metrics", "/v1/models", "/server_info"):
+            assert requests.get(worker["url"] + path, timeout=60).status_code == 401, path
+
+
+def test_a_client_that_leaves_frees_both_legs(run: LaunchedRun) -> None:
+    with ask(run, body(PROMPTS[0], stream=True, max_tokens=1500)) as response:
+        next(response.iter_lines(chunk_size=1))
+        assert busy(run) >= 1
+    wait_until(lambda: busy(run) == 0, "both legs to end")
+
+
+def test_streams_of_a_killed_decode_replica_go_on_at_the_other(
+    run: LaunchedRun, expected: list[list[int]]
+) -> None:
+    unbroken = [stream(run, prompt) for prompt in PROMPTS]
+    started: list[str] = []
+    victim = _process(run, "decode-1")
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        streams = [pool.submit(stream, run, prompt, started) for prompt in PROMPTS]
+        wait_until(lambda: len(started) == len(PROMPTS), "all streams to begin")
+        os.killpg(victim, signal.SIGKILL)
+        ends = [each.result(timeout=600) for each in streams]
+    assert ends == unbroken and [ids for _, ids in ends] == expected
+    key = {"authorization": f"Bearer {run.key}"}
+    metrics = requests.get(run.url.removesuffix("/v1") + "/metrics", headers=key, timeout=60).text
+    moved = [line for line in metrics.splitlines() if 'migrations_total{result="resumed"' in line]
+    assert sum(float(line.rpartition(" ")[2]) for line in moved) > 0
+    wait_until(lambda: busy(run) == 0, "all requests to end")
+
+
+def _process(run: LaunchedRun, replica: str) -> int:
+    """The first process of a replica, whose id is that of its group."""
+    port = workers(run)[replica]["url"].rpartition(":")[2].encode()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if b"hpcserve.engines.sglang_server" in words and port in words:
+                return int(entry.name)
+    raise AssertionError(f"no process of {replica} has port {port.decode()}")
