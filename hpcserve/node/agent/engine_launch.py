@@ -206,6 +206,7 @@ class EngineLauncher:
         return PortRange(low=ports.low, high=ports.high, seed=seed, ephemeral=ephemeral_range())
 
     def _context(self, ports: Mapping[str, int]) -> EngineContext:
+        devices = transfer_devices(self.plan, self.facts, self.replica, self.roster.ranks)
         return EngineContext(
             plan=self.plan,
             replica=self.replica,
@@ -215,7 +216,8 @@ class EngineLauncher:
             ports={name: str(port) for name, port in ports.items()},
             model_path=self.plan.model.model,
             cpus=self.cpus,
-            fabric_env=transfer_devices(self.plan, self.facts, self.replica).env,
+            fabric_env=devices.env,
+            kv_over_nvlink=devices.kv_over_nvlink,
             python=sys.executable,
             scratch=str(self.scratch),
             gpu_names=tuple(gpu.visible for gpu in self.facts.gpus),
