@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from hpcserve import engines
 from hpcserve.config.site import NetworkSite, NodeSite, Site
+from hpcserve.engines.base import EngineContext
 from hpcserve.errors import RendezvousError
 from hpcserve.node.agent.transfer import degraded_anywhere, rails_of, transfer_devices
 from hpcserve.node.discovery.facts import RankFacts
 from hpcserve.node.discovery.pci import relation
 from hpcserve.node.fabric.rails import sort_out
+from hpcserve.node.fabric.report import report
 from hpcserve.node.rendezvous.check import check_facts
 from hpcserve.plan.plan import Plan
 
@@ -410,3 +414,61 @@ def test_aggregated_replicas_may_run_on_slingshot(tmp_path: Path) -> None:
     [warning] = degraded_anywhere(plan, [facts, replace(facts, rank=1)])
     assert "no active infiniband port, so collectives cross TCP" in warning.message
     assert "Slingshot adapters cxi0, cxi1, cxi2, cxi3" in warning.message
+
+
+# What is told about it.
+
+
+def test_the_report_tells_what_is_used_and_why(tmp_path: Path) -> None:
+    machine = node(tmp_path, "dgx-h100")
+    (machine.port("mlx5_4") / "state").write_text("1: DOWN")
+    facts = machine.facts()
+    plan = plan_of("dgx-h100", gpus=(2,))
+    network = NetworkSite(kind="infiniband", env={"UCX_TLS": "rc,cuda_copy", "GLOO_SOCKET_IFNAME": "ib9"})
+    model = replace(plan.model, env={"NCCL_DEBUG": "INFO", "HF_TOKEN": "secret"})
+    plan = replace(plan, site=replace(plan.site, network=network), model=model)
+    told = report(plan, [facts, replace(facts, rank=1, node="n1")])
+    assert json.loads(json.dumps(told)) == told
+    gpu = told["nodes"][0]["gpus"][2]
+    assert gpu["lost"] == ["mlx5_4:1: it is DOWN (LinkUp)"]
+    assert (gpu["relation"], gpu["numa"], gpu["ports"]) == ("NODE", 0, ["mlx5_0:1", "mlx5_3:1", "mlx5_5:1"])
+    ports = {port["name"]: port for port in told["nodes"][0]["ports"]}
+    assert (ports["mlx5_0:1"]["used"], ports["mlx5_0:1"]["why"]) == (True, "a rail")
+    assert (ports["mlx5_1:1"]["used"], ports["mlx5_1:1"]["rate_gbps"]) == (False, 400.0)
+    assert "storage or management" in ports["mlx5_1:1"]["why"]
+    [prefill] = [entry for entry in told["replicas"] if entry["replica"] == "prefill-0"]
+    settings = {entry["name"]: (entry["value"], entry["why"]) for entry in prefill["settings"]}
+    assert settings["UCX_NET_DEVICES"] == (
+        "mlx5_0:1,mlx5_3:1,mlx5_5:1",
+        "active ports nearest to its GPUs by PCIe: GPU 2 NODE mlx5_0:1,mlx5_3:1,mlx5_5:1",
+    )
+    assert settings["UCX_TLS"] == ("rc,cuda_copy", "`network.env` of site s")
+    assert settings["NCCL_DEBUG"] == ("INFO", "`env` of model.yaml")
+    assert settings["GLOO_SOCKET_IFNAME"][0] == "ib9"
+    assert settings["GLOO_SOCKET_IFNAME"][1].startswith("`network.env` of site s; derived was ib0:")
+    assert "HF_TOKEN" not in settings
+
+
+def test_what_is_told_is_what_the_engine_gets(tmp_path: Path) -> None:
+    """The variables of the report are those of the command, the site's and the model's included."""
+    ranks = rack(tmp_path, [1, 1])
+    plan = plan_of("gb200-nvl72")
+    network = NetworkSite(kind="infiniband", env={"UCX_TLS": "all"})
+    plan = replace(
+        plan,
+        site=replace(plan.site, network=network),
+        model=replace(plan.model, env={"UCX_LOG_LEVEL": "info"}),
+    )
+    for facts, each in zip(ranks, plan.replicas, strict=True):
+        [told] = [entry for entry in report(plan, ranks)["replicas"] if entry["replica"] == each.name]
+        devices = transfer_devices(plan, facts, each, ranks)
+        context = EngineContext(
+            plan=plan, replica=each, node=0, address=facts.address, head_address=facts.address,
+            ports={"http": "1", "side_channel": "2"}, model_path="m", fabric_env=devices.env,
+            kv_over_nvlink=devices.kv_over_nvlink,
+        )  # fmt: skip
+        made = engines.get("vllm").command(context)
+        assert {entry["name"]: entry["value"] for entry in told["settings"]} == {
+            name: value for name, value in made.env.items() if name.startswith(("UCX_", "NCCL_", "GLOO_"))
+        }
+        assert told["kv_over_nvlink"] and "--enable-cumem-allocator" in made.argv
