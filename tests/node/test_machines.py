@@ -17,7 +17,7 @@ from hpcserve.errors import RendezvousError
 from hpcserve.node.agent.transfer import degraded_anywhere, rails_of, transfer_devices
 from hpcserve.node.discovery.facts import RankFacts
 from hpcserve.node.discovery.pci import relation
-from hpcserve.node.fabric.rails import sort_out
+from hpcserve.node.fabric.rails import GpuRails, sort_out
 from hpcserve.node.fabric.report import report
 from hpcserve.node.rendezvous.check import check_facts
 from hpcserve.plan.plan import Plan
@@ -161,6 +161,19 @@ def test_storage_carries_kv_blocks_only_when_all_rails_are_dead(tmp_path: Path) 
     plan = plan_of("dgx-h100")
     messages = [entry.message for entry in degraded_anywhere(plan, [facts, replace(facts, rank=1)])]
     assert messages == ["GPU 0 goes without mlx5_0:1, and uses mlx5_1:1: it is DOWN (LinkUp) (n0)"]
+
+
+def test_a_dead_storage_port_is_not_missed(tmp_path: Path) -> None:
+    machine = node(tmp_path, "dgx-h100")
+    for hca in ("mlx5_1", "mlx5_6", "mlx5_9", "mlx5_10", "mlx5_11"):
+        # The second socket has no rail left, so its GPUs use those of the first, farther than the storage.
+        (machine.port(hca) / "state").write_text("1: DOWN")
+    (machine.port("mlx5_7") / "state").write_text("1: DOWN")
+    facts = machine.facts()
+    rails = sort_out(facts.gpus, facts.hcas, infiniband=True)
+    assert [[port.name for port in entry.lost] for entry in rails.gpus] == [
+        [], [], [], [], ["mlx5_6:1"], ["mlx5_9:1"], ["mlx5_10:1"], ["mlx5_11:1"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", ["ibp", "rocep", "rdma", "mlx5_bond_"])
@@ -472,3 +485,36 @@ def test_what_is_told_is_what_the_engine_gets(tmp_path: Path) -> None:
             name: value for name, value in made.env.items() if name.startswith(("UCX_", "NCCL_", "GLOO_"))
         }
         assert told["kv_over_nvlink"] and "--enable-cumem-allocator" in made.argv
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "fabric.md"
+
+
+def documented(machine: Node, name: str) -> str:
+    """The machine's line in docs/fabric.md, from what discovery finds."""
+    facts = machine.facts()
+    rails = rails_of(plan_of(name), facts)
+    first, last = rails.gpus[0], rails.gpus[-1]
+
+    def uses(entry: GpuRails) -> str:
+        near = "" if entry.relation is None or not entry.ports else f" ({entry.relation.name})"
+        return (", ".join(f"`{port.hca}`" for port in entry.ports) or "nothing") + near
+
+    left_out = ", ".join(f"`{port.removesuffix(':1')}`" for port in rails.left_out) or "none"
+    plan = plan_of(name)
+    ranks = [facts, replace(facts, rank=1, node="n1")]
+    try:
+        check_facts(ranks, plan)
+    except RendezvousError:
+        also = "prefill and decode on several nodes are refused"
+    else:
+        usual = ("UCX_NET_DEVICES", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+        env = transfer_devices(plan, facts, plan.replicas[0], ranks).env
+        also = ", ".join(f"`{key}={value}`" for key, value in env.items() if key not in usual) or "none"
+    gpus = f"{facts.gpus[0].name} × {len(facts.gpus)}"
+    return f"| `{name}` | {gpus} | {uses(first)} | {uses(last)} | {left_out} | {also} |"
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_documented_table_is_what_is_found(tmp_path: Path, name: str) -> None:
+    assert documented(node(tmp_path, name), name) in DOCS.read_text().splitlines()
