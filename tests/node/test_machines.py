@@ -386,6 +386,19 @@ def test_a_fabric_that_is_not_whole_joins_nothing(tmp_path: Path, old: str, new:
     assert warning.message == f"NVLink does not reach other nodes: its fabric has {trouble} (tray1)"
 
 
+def test_two_nodes_whose_fabric_is_not_whole_do_not_try_it(tmp_path: Path) -> None:
+    """UCX's own default tries NVLink wherever the fabric says Completed."""
+    told = tree("gb200-nvl72")["fabric_report"].replace("Healthy", "Unhealthy")
+    ranks = rack(tmp_path, [1, 1], fabric_report=told)
+    plan = plan_of("gb200-nvl72")
+    devices = transfer_devices(plan, ranks[0], plan.replicas[0], ranks)
+    assert devices.env["UCX_CUDA_IPC_ENABLE_MNNVL"] == "n"
+    assert not devices.kv_over_nvlink
+    wide = replica("aggregated-0", 0, 1)
+    env = transfer_devices(replace(plan, replicas=(wide,)), ranks[0], wide, ranks).env
+    assert env["NCCL_MNNVL_ENABLE"] == "0"
+
+
 def test_what_the_site_sets_decides_whether_kv_crosses_nvlink(tmp_path: Path) -> None:
     ranks = rack(tmp_path, [1, 1])
     plan = plan_of("gb200-nvl72")

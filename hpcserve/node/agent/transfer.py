@@ -13,6 +13,8 @@ from ..fabric.rails import NodeRails, sort_out
 from ..fabric.settings import Degraded, Setting
 
 _RDMA = ("infiniband", "roce")
+_UCX_ON = ("y", "yes", "1", "on", "try")
+"""What a site may write for UCX_CUDA_IPC_ENABLE_MNNVL, if memory is to be shared over NVLink."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ def transfer_devices(
     return Devices(
         settings=settings,
         degraded=tuple(degraded),
-        kv_over_nvlink=bool(joined) and final.get("UCX_CUDA_IPC_ENABLE_MNNVL") == "y",
+        kv_over_nvlink=bool(joined) and final.get("UCX_CUDA_IPC_ENABLE_MNNVL") in _UCX_ON,
     )
 
 

@@ -26,7 +26,7 @@ def settings(
     plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequence[RankFacts]
 ) -> Iterator[Setting]:
     """For one replica's process on one node; nothing where that has no NVLink to other nodes."""
-    if facts.nvlink_domain is None:
+    if facts.nvlink_domain is None and facts.nvlink_trouble is None:
         return
     partners = _others(facts, ranks, kv_partners(plan, replica))
     if partners:
@@ -51,7 +51,7 @@ def settings(
 
 def barrier(facts: RankFacts, others: Sequence[RankFacts]) -> str | None:
     """What keeps memory of these nodes from crossing NVLink; None where nothing does."""
-    for entry in others:
+    for entry in (facts, *others):
         if entry.nvlink_trouble is not None:
             return f"the NVLink fabric of {entry.node} has {entry.nvlink_trouble}"
         if entry.nvlink_domain != facts.nvlink_domain:
