@@ -10,7 +10,7 @@
 #SBATCH --ntasks=18
 #SBATCH --open-mode=append
 #SBATCH --output=/scratch/alice/hpcserve/deepseek-r1/logs/job.log
-#SBATCH --segment=2
+#SBATCH --segment=18
 #SBATCH --signal=B:TERM@180
 #SBATCH --time=04:00:00
 

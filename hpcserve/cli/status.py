@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError
 from .arguments import Parser, add_json, add_run
+from .fabric import show
 from .ladder import begin, duration, fold, rungs, with_joined
 from .named import named_run, plan_of
 from .output import print_json, table, warn
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser) -> None:
     add_run(parser)
+    parser.add_argument(
+        "--fabric", action="store_true", help="show ports, NVLink and transport variables, with reasons"
+    )
     add_json(parser)
 
 
@@ -28,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from ..control import LIVE, overview
 
     run = named_run(args.run)
+    if args.fabric:
+        show(run, as_json=args.json)
+        return 0
     [seen], outage = overview([run])
     if outage is not None:
         warn(outage.message, outage.hint)

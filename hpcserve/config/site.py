@@ -51,7 +51,11 @@ class SlurmSite(Provenance):
     exclusive: bool = key("Ask for whole nodes.", True)
     memory: str | None = key("`--mem` per node; `0` asks for all of it.", None, pattern=r"\d+[KMGT]?")
     cpus_per_task: int | None = key("CPUs per node when nodes are shared.", None, minimum=1)
-    segment: bool = key("Ask for `--segment`, so that a replica stays inside one block.", False)
+    segment: bool = key(
+        "Ask for `--segment`, so that a replica stays inside one block, and a disaggregated job that fits"
+        " inside one NVLink domain.",
+        False,
+    )
     max_walltime: int | None = key("Longest walltime the queue takes.", None, kind="duration", minimum=60)
     default_walltime: int = key("Walltime when nobody says.", 3600, kind="duration", minimum=60)
     max_nodes: int | None = key("Most nodes one job may ask for.", None, minimum=1)
@@ -102,7 +106,10 @@ class NetworkSite(Provenance):
         "Network interface whose address engines answer on. Default: the one that routes to the head node.",
         None,
     )
-    env: Mapping[str, str] = key("Transport variables for engines, such as UCX_*.", factory=dict)
+    env: Mapping[str, str] = key(
+        "Transport variables for engines, such as UCX_*; they are above those found on the nodes.",
+        factory=dict,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,8 @@ class EngineContext:
     Empty: the names are the numbers."""
     fabric_env: Mapping[str, str] = field(default_factory=dict)
     """Transport variables found on the node, such as UCX_NET_DEVICES."""
+    kv_over_nvlink: bool = False
+    """KV blocks cross NVLink to other nodes, so they must lie in memory that can be shared that way."""
     python: str = "python"
     scratch: str = "$TMPDIR"
     """Node-local private directory of this replica."""

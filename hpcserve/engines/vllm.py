@@ -153,6 +153,9 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     yield from _parallel(context)
     if context.replica.role != "aggregated":
         yield from ("--kv-transfer-config", arguments.compact(_transfer(context)))
+    if context.kv_over_nvlink and not {"enable-cumem-allocator", "no-enable-cumem-allocator"} & set(args):
+        # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
+        yield "--enable-cumem-allocator"
     if events:
         yield from ("--kv-events-config", arguments.compact(endpoints.config(context.scratch)))
     yield from ("--shutdown-timeout", str(max(1, plan.site.slurm.kill_wait // 2)))

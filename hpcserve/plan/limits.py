@@ -82,12 +82,19 @@ def check_step(site: Site, engine: str, role: str, span: int) -> None:
         )
 
 
+SLINGSHOT_NEEDS = (
+    "use an `aggregated:` pool in model.yaml; for prefill and decode NIXL would need its LIBFABRIC plugin "
+    "in place of UCX, the site's own libfabric with the cxi provider (1.21 or newer), and "
+    "`--network=job_vni` in `slurm.extra` of the site, which hpcserve does not set up"
+)
+"""For people whose KV blocks would have to cross Slingshot."""
+
+
 def check_kv_path(site: Site, engine: str, nodes: int) -> None:
     """Prefill and decode on different nodes need a fabric that the engine's transfers can use."""
     if nodes > 1 and ABILITIES[engine].nixl and site.network.kind == "slingshot":
         raise PlanError(
             f"site {site.name} has a Slingshot network, and NIXL's UCX can't use it: "
             "KV blocks would not reach the decode nodes",
-            hint="use an `aggregated:` pool in model.yaml; prefill and decode would need NIXL's LIBFABRIC "
-            "plugin with the site's own libfabric (cxi), which hpcserve does not set up",
+            hint=SLINGSHOT_NEEDS,
         )

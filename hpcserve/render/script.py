@@ -125,9 +125,19 @@ def signal_time(plan: Plan) -> int:
 
 
 def segment_nodes(plan: Plan) -> int | None:
-    """Nodes that must be in one block: those of the widest replica. None when that says nothing."""
+    """Nodes that must be in one block; None when that says nothing.
+
+    All of a disaggregated job that fits into one NVLink domain, for KV blocks cross NVLink between any two
+    of its nodes; else those of the widest replica. Slurm wants a divisor of the nodes, at most a block
+    (sbatch(1), --segment), and a replica wider than a domain spans several anyway.
+    """
+    if not plan.site.slurm.segment:
+        return None
+    domain = plan.site.node.nvlink_domain_nodes
+    if plan.disaggregated and 1 < plan.nodes <= domain:
+        return plan.nodes
     widest = max(len(replica.nodes) for replica in plan.replicas)
-    if not plan.site.slurm.segment or widest == 1 or plan.nodes % widest:
+    if widest == 1 or plan.nodes % widest or 1 < domain < widest:
         return None
     return widest
 

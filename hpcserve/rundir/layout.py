@@ -9,6 +9,7 @@
     secrets/job-key   what agents, controller, router and engines send each other (0600)
     ranks/RANK.json   "this rank's process is alive", written before the rendezvous waits
     roster.json       what the rendezvous found: one entry per rank
+    fabric.json       ports, NVLink and transport variables of each replica, with reasons, for people
     head.json         the controller's address and the head node's process
     endpoint.json     the OpenAI endpoint, once READY
     events.jsonl      what happened, one line each; written by the head node only
@@ -83,6 +84,10 @@ class RunDir:
     @property
     def roster(self) -> Path:
         return self.path / "roster.json"
+
+    @property
+    def fabric(self) -> Path:
+        return self.path / "fabric.json"
 
     @property
     def head(self) -> Path:

@@ -50,6 +50,35 @@ def test_ls_as_json(world: World) -> None:
     assert run["model"] == "tiny"
 
 
+def test_status_shows_the_fabric_with_reasons(world: World) -> None:
+    submit(world)
+    answer = world("status", "eval", "--fabric")
+    assert answer.status == 8
+    assert "has no fabric.json: its nodes have not met yet" in answer.err
+    seen = {
+        "network": "infiniband",
+        "nodes": [{
+            "node": "n1", "rank": 0, "interface": "ib0", "leaf": "b8", "slingshot": [],
+            "nvlink_domain": None, "nvlink_trouble": None, "imex": {"channels": [0], "status": "UP"},
+            "gpus": [{"index": 0, "name": "X", "numa": 1, "ports": ["mlx5_4:1"], "relation": "NODE",
+                      "lost": ["mlx5_0:1: it is DOWN (Polling)"]}],
+            "ports": [{"name": "mlx5_4:1", "link_layer": "InfiniBand", "state": "ACTIVE (LinkUp)", "numa": 1,
+                       "rate_gbps": 400.0, "gid_index": None, "used": True, "why": "a rail"}],
+        }],
+        "replicas": [{"replica": "decode-0", "node": "n1", "kv_over_nvlink": False, "settings": [
+            {"name": "UCX_NET_DEVICES", "value": "mlx5_4:1", "why": "active ports nearest to its GPUs"},
+        ]}],
+    }  # fmt: skip
+    (world.runs / "eval" / "fabric.json").write_text(json.dumps(seen))
+    told = world("status", "eval", "--fabric").out
+    assert "mlx5_4:1 (lost: mlx5_0:1: it is DOWN (Polling))" in told
+    assert "channels 0, UP" in told
+    assert ["decode-0", "n1", "UCX_NET_DEVICES", "mlx5_4:1"] in [
+        line.split()[:4] for line in told.splitlines()
+    ]
+    assert json.loads(world("status", "eval", "--fabric", "--json").out)["replicas"] == seen["replicas"]
+
+
 def test_ls_still_lists_when_slurm_is_down(world: World) -> None:
     submit(world)
     world.slurm.is_down()

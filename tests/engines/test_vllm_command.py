@@ -53,6 +53,18 @@ def test_prefill_on_gpus() -> None:
     }
 
 
+def test_kv_blocks_that_cross_nvlink_lie_in_memory_that_can() -> None:
+    flag = "--enable-cumem-allocator"
+    assert flag not in command(PAIR, site(), replica="decode-0", nodes=2).argv
+    assert flag in command(PAIR, site(), replica="decode-0", nodes=2, kv_over_nvlink=True).argv
+    for given in (True, False):
+        asked = replace(PAIR, engine_args={"enable_cumem_allocator": given})
+        argv = command(asked, site(), replica="decode-0", nodes=2, kv_over_nvlink=True).argv
+        assert [word for word in argv if "cumem" in word] == [
+            flag if given else "--no-enable-cumem-allocator"
+        ]
+
+
 def test_decode_recomputes_blocks_that_do_not_arrive() -> None:
     argv = command(replace(PAIR, kv_lease=45), site(), replica="decode-0", nodes=2).argv
     assert json.loads(flags(argv)["--kv-transfer-config"] or "") == {

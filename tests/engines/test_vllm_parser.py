@@ -33,6 +33,7 @@ for argv in json.load(sys.stdin):
         "served": args.served_model_name, "shutdown": args.shutdown_timeout,
         "role": transfer and transfer.kv_role, "seqs": args.max_num_seqs,
         "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
+        "cumem": args.enable_cumem_allocator,
     })
 print("READ" + json.dumps(read))
 """
@@ -52,7 +53,7 @@ def test_vllm_reads_every_command_line() -> None:
     made = [
         command(pair, site(gpus=0), replica="prefill-0", nodes=2),
         command(pair, site(gpus=0), replica="decode-0", nodes=2),
-        command(wide, site(), replica="prefill-0", nodes=3),
+        command(wide, site(), replica="prefill-0", nodes=3, kv_over_nvlink=True),
         command(wide, site(), replica="prefill-0", nodes=3, node=1),
         command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
     ]
@@ -74,6 +75,7 @@ def test_vllm_reads_every_command_line() -> None:
     assert prefill["middleware"] == ["hpcserve.engines.vllm_guard.JobKeyGuard"]
     assert prefill["served"] == ["llama"]
     assert (prefill["seqs"], prefill["prefix"], prefill["overrides"]) == (64, False, {"a": 1})
+    assert (prefill["cumem"], head["cumem"]) == (False, True)
     assert (head["nnodes"], head["headless"], second["headless"], second["tag"]) == (
         2,
         False,

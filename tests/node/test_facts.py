@@ -13,9 +13,14 @@ from hpcserve.node.agent.cores import share_cores, split
 from hpcserve.node.agent.environment import engine_environment, scrub
 from hpcserve.node.agent.transfer import degraded_anywhere, transfer_devices
 from hpcserve.node.discovery.addresses import interfaces, routable, usable
-from hpcserve.node.discovery.fabric import HcaPort, distance, hca_ports, nearest
-from hpcserve.node.discovery.facts import ModelFact, RankFacts, leaf_switch
-from hpcserve.node.discovery.gpus import Gpu, driver_version, find_gpus, nvlink_domain
+from hpcserve.node.discovery.fabric import HcaPort, hca_ports, routable_gid
+from hpcserve.node.discovery.facts import ModelFact, RankFacts
+from hpcserve.node.discovery.gpus import Gpu, driver_version, find_gpus
+from hpcserve.node.discovery.nvlink import Fabric, parse_fabric
+from hpcserve.node.discovery.pci import Relation, relation
+from hpcserve.node.discovery.slingshot import cxi_devices
+from hpcserve.node.discovery.topology import ask_block, block_of, leaf_of
+from hpcserve.node.fabric.rails import sort_out
 from hpcserve.node.head.walltime import end_time, parse_end_time
 from hpcserve.node.ports import PortRange, ephemeral_range, hold, listen
 from hpcserve.node.rank import attempt_of, rank_of
@@ -122,15 +127,6 @@ def hca(
     (port.parent.parent / "device").symlink_to(device)
 
 
-def gpu_device(sysfs: Path, bdf: str, pci: str, numa: str = "0") -> None:
-    device = sysfs / "devices" / pci
-    device.mkdir(parents=True, exist_ok=True)
-    (device / "numa_node").write_text(numa + "\n")
-    bus = sysfs / "bus" / "pci" / "devices"
-    bus.mkdir(parents=True, exist_ok=True)
-    (bus / bdf).symlink_to(device)
-
-
 def test_ports_are_told_apart_by_state_and_link_layer(tmp_path: Path) -> None:
     hca(tmp_path, "mlx5_0", "pci0000:00/0000:00:01.0/0000:01:00.0")
     hca(tmp_path, "mlx5_1", "pci0000:00/0000:00:02.0/0000:02:00.0", state="1: DOWN")
@@ -148,53 +144,75 @@ def test_a_node_without_adapters_has_none(tmp_path: Path) -> None:
     assert hca_ports(tmp_path) == ()
 
 
-def test_each_gpu_gets_the_adapter_below_its_own_switch(tmp_path: Path) -> None:
-    hca(tmp_path, "mlx5_0", "pci0000:00/0000:00:01.0/0000:10:00.0/0000:11:00.0")
-    hca(tmp_path, "mlx5_1", "pci0000:00/0000:00:01.0/0000:20:00.0/0000:21:00.0")
-    hca(tmp_path, "mlx5_2", "pci0000:80/0000:80:01.0/0000:90:00.0/0000:91:00.0", numa="1")
-    gpu_device(tmp_path, "0000:12:00.0", "pci0000:00/0000:00:01.0/0000:10:00.0/0000:12:00.0")
-    gpu_device(tmp_path, "0000:22:00.0", "pci0000:00/0000:00:01.0/0000:20:00.0/0000:22:00.0")
-    gpu_device(tmp_path, "0000:a2:00.0", "pci0000:a0/0000:a0:01.0/0000:a2:00.0", numa="1")
-    listing = "\n".join(
-        f"{index}, GPU-{index}, {bdf}, NVIDIA H100, 81559"
-        for index, bdf in enumerate(["00000000:12:00.0", "00000000:22:00.0", "00000000:A2:00.0"])
-    )
-    found = find_gpus({}, hca_ports(tmp_path), sysfs=tmp_path, listing=listing)
-    assert [gpu.hcas for gpu in found] == [("mlx5_0:1",), ("mlx5_1:1",), ("mlx5_2:1",)]
-    assert found[0].memory_mib == 81559
-    assert found[2].numa == 1
+def test_relations_are_read_from_the_pcie_tree() -> None:
+    gpu = "/sys/devices/pci0000:15/0000:15:01.0/0000:16:00.0/0000:17:00.0/0000:18:00.0"
+    places = {
+        "/sys/devices/pci0000:15/0000:15:01.0/0000:16:00.0/0000:17:01.0/0000:19:00.0": Relation.PIX,
+        "/sys/devices/pci0000:15/0000:15:01.0/0000:16:00.0/0000:17:01.0/0000:19:00.0/0000:1a:00.0/0000:1b:00.0":
+            Relation.PXB,
+        "/sys/devices/pci0000:15/0000:15:02.0/0000:1c:00.0": Relation.PHB,
+        "/sys/devices/pci0000:80/0000:80:01.0/0000:81:00.0": Relation.NODE,
+        "/sys/devices/pci0008:15/0008:15:01.0/0008:16:00.0": Relation.NODE,
+        "": Relation.NODE,
+    }  # fmt: skip
+    assert {place: relation(gpu, place, same_numa=True) for place in places} == places
+    assert relation(gpu, "/sys/devices/pci0000:80/0000:81:00.0", same_numa=False) == Relation.SYS
 
 
-def test_distance_counts_bridges_and_knows_root_complexes() -> None:
-    near = distance("/sys/devices/pci0000:00/a/b", "/sys/devices/pci0000:00/a/c")
-    far = distance("/sys/devices/pci0000:00/a/b", "/sys/devices/pci0000:00/d/e")
-    other = distance("/sys/devices/pci0000:00/a/b", "/sys/devices/pci0000:80/a/b")
-    assert near < far < other
+def test_a_virtual_adapter_is_used_only_where_there_is_no_other() -> None:
+    gpu = Gpu(index=0, visible="0", pci="/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0")
+    virtual = port("rxe0", link_layer="Ethernet", pci="")
+    real = port("mlx5_0", link_layer="Ethernet", pci="/sys/devices/pci0000:80/0000:80:01.0/0000:81:00.0")
+    both = sort_out([gpu], [virtual, real], infiniband=False)
+    assert (both.ports, both.left_out) == ((real,), {"rxe0:1": "it is a virtual device"})
+    assert sort_out([gpu], [virtual], infiniband=False).of([0]) == (virtual,)
 
 
-def test_a_virtual_adapter_is_near_to_no_gpu(tmp_path: Path) -> None:
-    gpu_device(tmp_path, "0000:12:00.0", "pci0000:00/0000:12:00.0")
-    virtual = HcaPort(
-        hca="rxe0", port=1, link_layer="Ethernet", state="ACTIVE", rate_gbps=1, numa=None, pci=""
-    )
-    assert nearest(tmp_path / "bus" / "pci" / "devices" / "0000:12:00.0", [virtual]) == ()
+def test_the_gid_of_a_port_is_the_first_of_roce_v2_that_gets_past_a_router(tmp_path: Path) -> None:
+    entries = [
+        ("fe80::1", "IB/RoCE v1"), ("fe80::1", "RoCE v2"), ("::ffff:10.1.2.3", "IB/RoCE v1"),
+        ("2001:db8::1", "RoCE v2"), ("::ffff:169.254.1.1", "RoCE v2"), ("::ffff:10.1.2.3", "RoCE v2"),
+        ("::", "RoCE v2"),
+    ]  # fmt: skip
+    for index, (gid, kind) in enumerate(entries):
+        for directory, value in ((tmp_path / "gids", gid), (tmp_path / "gid_attrs" / "types", kind)):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / str(index)).write_text(value + "\n")
+    assert routable_gid(tmp_path) == 5
+    (tmp_path / "gid_attrs" / "types" / "5").write_text("IB/RoCE v1\n")
+    assert routable_gid(tmp_path) == 3
+    (tmp_path / "gid_attrs" / "types" / "3").unlink()
+    assert routable_gid(tmp_path) is None
+    assert routable_gid(tmp_path / "none") is None
+
+
+def test_older_slingshot_drivers_list_their_devices_elsewhere(tmp_path: Path) -> None:
+    assert cxi_devices(tmp_path) == ()
+    (tmp_path / "class" / "cxi_user" / "cxi0").mkdir(parents=True)
+    assert [(device.name, device.interface) for device in cxi_devices(tmp_path)] == [("cxi0", None)]
 
 
 def test_visible_devices_limit_and_order_the_gpus() -> None:
     listing = "0, GPU-a, 0:1, X, 1\n1, GPU-b, 0:2, X, 1\n2, GPU-c, 0:3, X, 1"
-    found = find_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-a"}, (), listing=listing)
+    found = find_gpus({"CUDA_VISIBLE_DEVICES": "2,GPU-a"}, listing=listing)
     assert [(gpu.index, gpu.visible, gpu.uuid) for gpu in found] == [(0, "2", "GPU-c"), (1, "GPU-a", "GPU-a")]
-    assert [gpu.visible for gpu in find_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, (), listing="")] == ["0", "1"]
-    assert find_gpus({}, (), listing="") == ()
+    assert [gpu.visible for gpu in find_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}, listing="")] == ["0", "1"]
+    assert find_gpus({}, listing="") == ()
 
 
 def test_nvlink_domain_comes_from_the_fabric_manager() -> None:
     report = (
         "Fabric\n  State : Completed\n  CliqueId : 3\n  ClusterUUID : 1a2b3c4d-0000-1111-2222-333344445555\n"
     )
-    assert nvlink_domain(report) == "1a2b3c4d-0000-1111-2222-333344445555.3"
-    assert nvlink_domain("ClusterUUID : N/A\n CliqueId : N/A") is None
-    assert nvlink_domain("ClusterUUID : 00000000-0000-0000-0000-000000000000\nCliqueId : 0") is None
+    assert parse_fabric(report).domain == "1a2b3c4d-0000-1111-2222-333344445555.3"
+    for none in ("N/A", "00000000-0000-0000-0000-000000000000"):
+        # NVSwitch inside one machine: its fabric is complete, and joins no nodes.
+        inside = (
+            f"    Fabric\n        State : Completed\n        CliqueId : 0\n        ClusterUUID : {none}\n"
+        )
+        assert parse_fabric(inside) == Fabric()
+    assert parse_fabric("") == Fabric()
+    assert parse_fabric(report + report.replace("CliqueId : 3", "CliqueId : 4")).trouble is not None
 
 
 @pytest.mark.parametrize(
@@ -230,11 +248,18 @@ def port(name: str, **changes: object) -> HcaPort:
     return HcaPort(**{**values, **changes})  # type: ignore[arg-type]
 
 
+SWITCH_A = "/sys/devices/pci0000:10/0000:10:01.0"
+SWITCH_B = "/sys/devices/pci0000:20/0000:20:01.0"
+
+
 def test_a_replica_transfers_over_its_own_gpus_adapters() -> None:
     plan = make_plan(1, replica("decode-0", 0, gpus=(1,)), site=site("infiniband"), device="cuda")
     seen = facts(
-        hcas=(port("mlx5_0"), port("mlx5_1"), port("mlx5_9", state="DOWN")),
-        gpus=(Gpu(index=0, visible="0", hcas=("mlx5_0:1",)), Gpu(index=1, visible="1", hcas=("mlx5_1:1",))),
+        hcas=(port("mlx5_0", pci=SWITCH_A + "/2"), port("mlx5_1", pci=SWITCH_B + "/2")),
+        gpus=(
+            Gpu(index=0, visible="0", pci=SWITCH_A + "/1"),
+            Gpu(index=1, visible="1", pci=SWITCH_B + "/1"),
+        ),
     )
     devices = transfer_devices(plan, seen, plan.replicas[0])
     assert devices.env["UCX_NET_DEVICES"] == "mlx5_1:1"
@@ -256,7 +281,7 @@ def test_a_missing_infiniband_port_is_one_warning_that_names_the_state() -> None
     devices = transfer_devices(plan, ranks[0], plan.replicas[0])
     assert devices.env["UCX_TLS"] == "tcp,self,cuda_copy,cuda_ipc"
     [warning] = degraded_anywhere(plan, ranks)
-    assert "mlx5_0:1 is DOWN" in warning.message
+    assert "mlx5_0:1: it is DOWN" in warning.message
     assert "(n0, n1)" in warning.message
 
 
@@ -440,11 +465,27 @@ def test_ranks_that_agree_pass() -> None:
     [
         ("spine.leaf1.n3", "switch.switch.node", "spine.leaf1"),
         ("n3", "node", None),
-        ("block1.n3", "block.node", None),
+        ("b8.tux1", "block.node", "b8"),
         ("spine.leaf1", "switch.switch.node", None),
     ],
 )
-def test_the_leaf_switch_comes_from_slurms_topology(address: str, pattern: str, leaf: str | None) -> None:
+def test_the_leaf_comes_from_slurms_topology(address: str, pattern: str, leaf: str | None) -> None:
     environ = {"SLURM_TOPOLOGY_ADDR": address, "SLURM_TOPOLOGY_ADDR_PATTERN": pattern}
-    assert leaf_switch(environ) == leaf
-    assert leaf_switch({}) is None
+    assert leaf_of(environ) == leaf
+    assert leaf_of({}) is None
+
+
+def test_the_block_is_asked_of_slurm_where_srun_does_not_say_it(tmp_path: Path) -> None:
+    listing = (
+        "AggregatedBlock=block[1-2] BlockIndex=4 Nodes=node[1-64] BlockSize=64\n"
+        "BlockName=block1 BlockIndex=0 Nodes=node[1-32] BlockSize=32\n"
+    )
+    assert block_of(listing) == "block1"
+    assert block_of("SwitchName=s0 Level=0 LinkSpeed=1 Nodes=tux[0-3]\n") is None
+    program = tmp_path / "scontrol"
+    program.write_text(
+        '#!/bin/sh\n[ "$*" = "show topology node3" ] && echo "BlockName=b2 BlockIndex=1 Nodes=node3"\n'
+    )
+    program.chmod(0o755)
+    assert ask_block("node3", {"PATH": str(tmp_path)}) == "b2"
+    assert ask_block("node3", {"PATH": "/nonexistent"}) is None

@@ -250,8 +250,9 @@ CASES = [
         "prefill and decode over Slingshot",
         model(prefill=RoleSpec()), site(network="slingshot"), {"nodes": 2},
         "site here has a Slingshot network, and NIXL's UCX can't use it: KV blocks would not reach the decode nodes",
-        "use an `aggregated:` pool in model.yaml; prefill and decode would need NIXL's LIBFABRIC "
-        "plugin with the site's own libfabric (cxi), which hpcserve does not set up",
+        "use an `aggregated:` pool in model.yaml; for prefill and decode NIXL would need its LIBFABRIC plugin "
+        "in place of UCX, the site's own libfabric with the cxi provider (1.21 or newer), and "
+        "`--network=job_vni` in `slurm.extra` of the site, which hpcserve does not set up",
     ),
     Case(
         "cuda where there are no GPUs",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcserve.config.model import ModelSpec, RoleSpec
-from hpcserve.config.site import Site
+from hpcserve.config.site import NodeSite, Site, SlurmSite
 from hpcserve.errors import PlanError
 from hpcserve.plan.plan import Plan
 from hpcserve.render.engine import render_commands
@@ -166,6 +166,26 @@ def test_a_replica_over_nodes_stays_inside_one_segment() -> None:
     model = ModelSpec(model="/m", aggregated=RoleSpec(tensor_parallel=16))
     assert "--segment=2" in directives(plan(dgx(segment=True), model=model, nodes=4))
     assert not [line for line in directives(plan(dgx(segment=True), nodes=4)) if "segment" in line]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tensor", "segment"),
+    [
+        (4, 4, 4),  # KV blocks cross NVLink between any two of its nodes
+        (16, 8, 16),
+        (20, 4, None),  # larger than a rack, and no replica has several nodes
+        (20, 8, 2),  # larger than a rack: a replica at least is inside one
+        (40, 80, None),  # a replica that is itself larger
+    ],
+)
+def test_a_job_that_fits_into_an_nvlink_domain_asks_for_one(
+    nodes: int, tensor: int, segment: int | None
+) -> None:
+    site = Site(name="s", slurm=SlurmSite(segment=True), node=NodeSite(gpus=4, nvlink_domain_nodes=18))
+    pools = {"prefill": RoleSpec(tensor_parallel=tensor), "decode": RoleSpec(tensor_parallel=tensor)}
+    asked = directives(plan(site, model=ModelSpec(model="/m", **pools), nodes=nodes))
+    found = [line for line in asked if line.startswith("--segment")]
+    assert found == ([] if segment is None else [f"--segment={segment}"])
 
 
 def test_a_line_break_in_a_value_is_refused() -> None:

@@ -210,6 +210,7 @@ class EngineLauncher:
         """Of this node, or of another `place` of the replica that this node starts."""
         place = self.node if place is None else place
         facts = self.roster.ranks[self.replica.nodes[place]]
+        devices = transfer_devices(self.plan, facts, self.replica, self.roster.ranks)
         return EngineContext(
             plan=self.plan,
             replica=self.replica,
@@ -219,7 +220,8 @@ class EngineLauncher:
             ports={name: str(port) for name, port in ports.items()},
             model_path=self.plan.model.model,
             cpus=self.cpus,
-            fabric_env=transfer_devices(self.plan, facts, self.replica).env,
+            fabric_env=devices.env,
+            kv_over_nvlink=devices.kv_over_nvlink,
             python=sys.executable,
             scratch=scratch or str(self.scratch),
             gpu_names=tuple(gpu.visible for gpu in facts.gpus),

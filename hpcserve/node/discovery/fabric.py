@@ -1,18 +1,16 @@
-"""InfiniBand, RoCE and GPUs of this node, read from sysfs: no list of device names anywhere.
+"""InfiniBand and RoCE ports of this node, read from sysfs: no list of device names anywhere.
 
 A port counts when its state is ACTIVE; whether it is InfiniBand or Ethernet is what the kernel says
-(`link_layer`). Which ports serve a GPU follows from the PCIe tree. Format: Linux
-Documentation/ABI/stable/sysfs-class-infiniband.
+(`link_layer`). Format: Linux Documentation/ABI/stable/sysfs-class-infiniband.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-SYSFS = Path("/sys")
+from .pci import SYSFS, children, numa_node, resolved, text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +23,14 @@ class HcaPort:
     """`InfiniBand` or `Ethernet` (RoCE)."""
     state: str
     """`ACTIVE`, `DOWN`, `INIT`, …"""
+    phys_state: str = ""
+    """`LinkUp`, `Polling`, `Disabled`, …: why a port is down."""
     rate_gbps: float
     numa: int | None
     pci: str
     """Resolved sysfs path of the PCI device; empty for a virtual device."""
+    gid_index: int | None = None
+    """Of an Ethernet port, the entry of its GID table that is RoCE v2 with an address other subnets reach."""
 
     @property
     def name(self) -> str:
@@ -43,92 +45,59 @@ class HcaPort:
     def infiniband(self) -> bool:
         return self.link_layer == "InfiniBand"
 
+    @property
+    def trouble(self) -> str:
+        """Its state for people: `DOWN (Polling)`."""
+        return (self.state or "unknown") + (f" ({self.phys_state})" if self.phys_state else "")
+
 
 def hca_ports(sysfs: Path = SYSFS) -> tuple[HcaPort, ...]:
     """All ports of all adapters, active or not, sorted by name."""
-    root = sysfs / "class" / "infiniband"
     found: list[HcaPort] = []
-    for device in _children(root):
+    for device in children(sysfs / "class" / "infiniband"):
         pci = device / "device"
-        path = os.path.realpath(pci) if pci.exists() else ""
-        for port in _children(device / "ports"):
+        for port in children(device / "ports"):
             if not port.name.isdecimal():
                 continue
+            layer = text(port / "link_layer") or "InfiniBand"
             found.append(
                 HcaPort(
                     hca=device.name,
                     port=int(port.name),
-                    link_layer=_text(port / "link_layer") or "InfiniBand",
-                    # The files read `4: ACTIVE` and `400 Gb/sec (4X NDR)`.
-                    state=_text(port / "state").partition(":")[2].strip(),
-                    rate_gbps=_rate(_text(port / "rate")),
+                    link_layer=layer,
+                    # The files read `4: ACTIVE`, `5: LinkUp` and `400 Gb/sec (4X NDR)`.
+                    state=text(port / "state").partition(":")[2].strip(),
+                    phys_state=text(port / "phys_state").partition(":")[2].strip(),
+                    rate_gbps=_rate(text(port / "rate")),
                     numa=numa_node(pci),
-                    pci=path,
+                    pci=resolved(pci),
+                    gid_index=None if layer == "InfiniBand" else routable_gid(port),
                 )
             )
     return tuple(sorted(found, key=lambda port: (_natural(port.hca), port.port)))
 
 
-def numa_node(device: Path) -> int | None:
-    """NUMA node of a PCI device; None when the machine has none."""
-    text = _text(device / "numa_node")
-    return int(text) if text and not text.startswith("-") else None
+def routable_gid(port: Path) -> int | None:
+    """Index of a port's RoCE v2 GID with an IPv4 address, or else with a global IPv6 address.
 
-
-def pci_device(bdf: str, sysfs: Path = SYSFS) -> Path:
-    """sysfs directory of a PCI address as nvidia-smi prints it (`00000000:1B:00.0`)."""
-    domain, _, rest = bdf.lower().partition(":")
-    return sysfs / "bus" / "pci" / "devices" / f"{domain[-4:].zfill(4)}:{rest}"
-
-
-def distance(one: str, other: str) -> tuple[int, int]:
-    """How far apart two PCI devices are: (different root complexes, bridges on the way)."""
-    first, second = Path(one).parts, Path(other).parts
-    shared = 0
-    for left, right in zip(first, second, strict=False):
-        if left != right:
-            break
-        shared += 1
-    same_root = any(part.startswith("pci") for part in first[:shared])
-    return (0 if same_root else 1, len(first) + len(second) - 2 * shared)
-
-
-def nearest(gpu: Path, ports: Iterable[HcaPort]) -> tuple[HcaPort, ...]:
-    """The ports that share most of the PCIe tree with a GPU; several when equally near.
-
-    Across root complexes the NUMA node decides first: bridges say nothing there.
+    Link-local GIDs and those of RoCE v1 do not get past a router.
     """
-    path = os.path.realpath(gpu)
-    numa = numa_node(gpu)
-
-    def far(port: HcaPort) -> tuple[int, int, int]:
-        roots, bridges = distance(path, port.pci)
-        if roots == 0:
-            return (0, 0, bridges)
-        return (1, 0 if numa is not None and numa == port.numa else 1, 0)
-
-    near = [port for port in ports if port.pci]
-    best = min((far(port) for port in near), default=None)
-    return tuple(port for port in near if far(port) == best)
-
-
-def _children(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except OSError:
-        return []
+    found: dict[int, ipaddress.IPv6Address] = {}
+    for entry in children(port / "gids"):
+        if not entry.name.isdecimal() or text(port / "gid_attrs" / "types" / entry.name) != "RoCE v2":
+            # The kernel has no type for an empty entry, and answers EINVAL.
+            continue
+        try:
+            gid = ipaddress.IPv6Address(text(entry))
+        except ValueError:
+            continue
+        if not (gid.is_unspecified or gid.is_link_local or (gid.ipv4_mapped or gid).is_link_local):
+            found[int(entry.name)] = gid
+    return min(found, key=lambda index: (found[index].ipv4_mapped is None, index), default=None)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        # A port that is being reset answers EINVAL: it is not usable now, and reads as such.
-        return ""
-
-
-def _rate(text: str) -> float:
-    number = text.split(" ")[0]
+def _rate(told: str) -> float:
+    number = told.split(" ")[0]
     try:
         return float(number)
     except ValueError:

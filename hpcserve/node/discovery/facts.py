@@ -22,7 +22,10 @@ from ...rundir.layout import RunDir
 from ..rank import node_names
 from .addresses import Address, routable
 from .fabric import HcaPort, hca_ports
-from .gpus import Gpu, driver_version, find_gpus, nvlink_domain
+from .gpus import Gpu, driver_version, find_gpus, full_report
+from .nvlink import Fabric, Imex, find_imex, parse_fabric
+from .slingshot import CxiDevice, cxi_devices
+from .topology import ask_block, leaf_of
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ROSTER_WAIT = 90.0
@@ -52,8 +55,15 @@ class RankFacts:
     gpus: tuple[Gpu, ...] = ()
     hcas: tuple[HcaPort, ...] = ()
     """All ports; `state` tells which are ACTIVE."""
+    cxis: tuple[CxiDevice, ...] = ()
     nvlink_domain: str | None = None
+    """`CLUSTERUUID.CLIQUEID` of the NVLink fabric between nodes: equal means that memory can cross it."""
+    nvlink_trouble: str | None = None
+    """What keeps the node's GPUs out of their fabric."""
+    imex: Imex | None = None
+    """None where there is no such fabric."""
     leaf_switch: str | None = None
+    """Or the block, on sites that have blocks."""
     versions: Mapping[str, str] = field(default_factory=dict)
     driver: str | None = None
     model: ModelFact
@@ -126,8 +136,8 @@ def own_address(plan: Plan, environ: Mapping[str, str]) -> Address:
 def gather(plan: Plan, rank: int, environ: Mapping[str, str]) -> RankFacts:
     """Look at this node. Takes well under a second without nvidia-smi, about one with it."""
     address = own_address(plan, environ)
-    ports = hca_ports()
     cuda = plan.device == "cuda"
+    fabric = parse_fabric(full_report(environ)) if cuda else Fabric()
     return RankFacts(
         rank=rank,
         node=socket.gethostname(),
@@ -135,31 +145,24 @@ def gather(plan: Plan, rank: int, environ: Mapping[str, str]) -> RankFacts:
         interface=address.interface,
         machine_id=_BOOT_ID.read_text().strip(),
         cpus=tuple(sorted(os.sched_getaffinity(0))),
-        gpus=find_gpus(environ, _transfer_ports(plan, ports)) if cuda else (),
-        hcas=ports,
-        nvlink_domain=nvlink_domain() if cuda else None,
-        leaf_switch=leaf_switch(environ),
+        gpus=find_gpus(environ) if cuda else (),
+        hcas=hca_ports(),
+        cxis=cxi_devices(),
+        nvlink_domain=fabric.domain,
+        nvlink_trouble=fabric.trouble,
+        imex=find_imex(environ) if fabric.domain is not None else None,
+        leaf_switch=_leaf(plan, environ),
         versions=versions(),
         driver=driver_version(),
         model=model_fact(plan.model.model),
     )
 
 
-def leaf_switch(environ: Mapping[str, str]) -> str | None:
-    """The switch this node hangs on, under those above it, where Slurm knows the network's tree.
-
-    srun sets SLURM_TOPOLOGY_ADDR to names from the root down to the node, and _PATTERN to what each is.
-    """
-    names = environ.get("SLURM_TOPOLOGY_ADDR", "").split(".")
-    kinds = environ.get("SLURM_TOPOLOGY_ADDR_PATTERN", "").split(".")
-    if len(names) != len(kinds) or kinds[-1] != "node" or "switch" not in kinds:
-        return None
-    return ".".join(names[:-1])
-
-
-def _transfer_ports(plan: Plan, ports: Iterable[HcaPort]) -> tuple[HcaPort, ...]:
-    roce = plan.site.network.kind == "roce"
-    return tuple(port for port in ports if port.active and port.infiniband != roce)
+def _leaf(plan: Plan, environ: Mapping[str, str]) -> str | None:
+    leaf = leaf_of(environ)
+    if leaf is None and plan.site.slurm.segment and "SLURM_JOB_ID" in environ:
+        return ask_block(environ.get("SLURMD_NODENAME", socket.gethostname()), environ)
+    return leaf
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:

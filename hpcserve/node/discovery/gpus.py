@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fabric import SYSFS, HcaPort, nearest, numa_node, pci_device
+from .pci import SYSFS, numa_node, pci_device, resolved
 
 _QUERY = "index,uuid,pci.bus_id,name,memory.total"
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -26,26 +26,26 @@ class Gpu:
     name: str | None = None
     memory_mib: int | None = None
     numa: int | None = None
-    hcas: tuple[str, ...] = ()
-    """Active ports nearest by PCIe, as `mlx5_0:1`."""
+    pci: str = ""
+    """Resolved sysfs path of the device; empty where sysfs has none."""
 
 
 def find_gpus(
-    environ: Mapping[str, str], ports: tuple[HcaPort, ...], *, sysfs: Path = SYSFS, listing: str | None = None
+    environ: Mapping[str, str], *, sysfs: Path = SYSFS, listing: str | None = None
 ) -> tuple[Gpu, ...]:
     """GPUs in the order CUDA numbers them.
 
     `listing` is nvidia-smi's CSV (asked for when None). Without nvidia-smi, CUDA_VISIBLE_DEVICES
     still tells how many GPUs Slurm granted.
     """
-    rows = parse_listing(_ask_smi() if listing is None else listing)
+    rows = parse_listing(_ask_smi(environ) if listing is None else listing)
     allowed = environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is not None:
         names = [name.strip() for name in allowed.split(",") if name.strip()]
         chosen = [_named(name, rows) for name in names]
     else:
         chosen = [(str(row["index"]), row) for row in rows]
-    return tuple(_gpu(index, name, row, ports, sysfs) for index, (name, row) in enumerate(chosen))
+    return tuple(_gpu(index, name, row, sysfs) for index, (name, row) in enumerate(chosen))
 
 
 def parse_listing(text: str) -> list[dict[str, str]]:
@@ -59,15 +59,9 @@ def parse_listing(text: str) -> list[dict[str, str]]:
     return rows
 
 
-def nvlink_domain(report: str | None = None) -> str | None:
-    """`ClusterUUID.CliqueId` of the node's NVLink fabric; equal means memory can cross NVLink."""
-    text = _run_smi("-q") if report is None else report
-    cluster = re.search(r"ClusterUUID\s*:\s*([0-9a-fA-F-]+)", text)
-    clique = re.search(r"CliqueId\s*:\s*(\d+)", text)
-    if cluster is None or not cluster[1].replace("-", "").strip("0"):
-        # Without a fabric manager the UUID is N/A or all zeros.
-        return None
-    return f"{cluster[1]}.{clique[1] if clique else 0}"
+def full_report(environ: Mapping[str, str]) -> str:
+    """`nvidia-smi -q`; "" without it."""
+    return _run_smi(environ, "-q")
 
 
 def driver_version(path: Path = _DRIVER) -> str | None:
@@ -86,7 +80,7 @@ def _named(name: str, rows: list[dict[str, str]]) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def _gpu(index: int, name: str, row: Mapping[str, str], ports: tuple[HcaPort, ...], sysfs: Path) -> Gpu:
+def _gpu(index: int, name: str, row: Mapping[str, str], sysfs: Path) -> Gpu:
     bdf = row.get("pci.bus_id")
     device = pci_device(bdf, sysfs) if bdf else None
     memory = row.get("memory.total", "")
@@ -98,16 +92,16 @@ def _gpu(index: int, name: str, row: Mapping[str, str], ports: tuple[HcaPort, ..
         name=row.get("name"),
         memory_mib=int(memory) if memory.isdecimal() else None,
         numa=numa_node(device) if device else None,
-        hcas=tuple(port.name for port in nearest(device, ports)) if device and device.exists() else (),
+        pci=resolved(device) if device else "",
     )
 
 
-def _ask_smi() -> str:
-    return _run_smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
+def _ask_smi(environ: Mapping[str, str]) -> str:
+    return _run_smi(environ, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
 
 
-def _run_smi(*arguments: str) -> str:
-    program = shutil.which("nvidia-smi")
+def _run_smi(environ: Mapping[str, str], *arguments: str) -> str:
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if program is None:
         return ""
     try:

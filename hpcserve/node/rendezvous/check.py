@@ -7,6 +7,7 @@ from functools import partial
 
 from ...errors import RendezvousError
 from ...plan.abilities import ABILITIES
+from ...plan.limits import SLINGSHOT_NEEDS
 from ...plan.plan import Plan
 from ..discovery.facts import RankFacts
 
@@ -39,6 +40,7 @@ def check_facts(facts: Sequence[RankFacts], plan: Plan) -> None:
     if ABILITIES[plan.model.engine].weights:
         _check_model(facts)
     _check_gpus(facts, plan)
+    _check_fabric(facts, plan)
 
 
 def _check_ranks(facts: Sequence[RankFacts], size: int) -> None:
@@ -113,6 +115,27 @@ def _check_gpus(facts: Sequence[RankFacts], plan: Plan) -> None:
                 f" and its engines need {needed}",
                 hint="does the job ask for GPUs (`slurm.gpu_request` of the site)? Run nvidia-smi there",
             )
+
+
+def _check_fabric(facts: Sequence[RankFacts], plan: Plan) -> None:
+    """The site's default is InfiniBand: a Slingshot cluster that nobody described is found out here."""
+    kind = plan.site.network.kind
+    if kind not in ("infiniband", "roce") or not ABILITIES[plan.model.engine].nixl:
+        return
+    if not plan.disaggregated or plan.nodes == 1:
+        return
+    bare = [
+        entry
+        for entry in facts
+        if entry.cxis and not any(port.active and port.infiniband != (kind == "roce") for port in entry.hcas)
+    ]
+    if bare:
+        adapters = ", ".join(device.name for device in bare[0].cxis)
+        raise RendezvousError(
+            f"{_ranks(bare)}: Slingshot adapters ({adapters}), and no active {kind} port. NIXL's UCX can't"
+            " use Slingshot: KV blocks would not reach the decode nodes",
+            hint=f"set `network: {{kind: slingshot}}` in the site config; {SLINGSHOT_NEEDS}",
+        )
 
 
 def _ranks(entries: Sequence[RankFacts]) -> str:

@@ -17,6 +17,7 @@ from ...plan.plan import Plan
 from ...rundir.atomic import read_json, write_json
 from ...rundir.layout import RunDir
 from ..discovery.facts import RankFacts, Roster, to_json
+from ..fabric.report import report
 from ..journal import Journal
 from ..rank import node_names
 from .check import check_facts
@@ -164,7 +165,7 @@ class Meeting:
         return entry if here else None
 
     def conclude(self, facts: Iterable[RankFacts]) -> Verdict:
-        """Rank 0: check what the ranks found and write roster.json if it is sound."""
+        """Rank 0: check what the ranks found and write fabric.json and roster.json if it is sound."""
         entries = tuple(sorted(facts, key=lambda entry: entry.rank))
         try:
             check_facts(entries, self.plan)
@@ -174,6 +175,7 @@ class Meeting:
                 seconds=round(time.monotonic() - self.started, 3),
                 ranks=entries,
             )
+            write_json(self.run.fabric, report(self.plan, entries))
             write_json(self.run.roster, to_json(roster))
         except HpcserveError as error:
             return Verdict.of(error)
