@@ -59,7 +59,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
     """
     placed = engine_commands(plan, python=None)
     engine = engines.get(plan.model.engine)
-    interpreter = python_on_nodes(plan, python) if python is not None else "python"
+    interpreter = _interpreter(plan, python) if python is not None else "python"
     head = [
         "# Engines, one command per process. In the job, agents fill these variables in:",
         "#   ADDRESS       this node's address that the other nodes reach",
@@ -71,6 +71,13 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "",
     ]
     return "\n".join([*head, *_blocks(placed)])
+
+
+def _interpreter(plan: Plan, python: str) -> str:
+    container = plan.site.container
+    if container.runtime != "none" and container.agent == "outside":
+        return container.python
+    return python_on_nodes(plan, python)
 
 
 def _blocks(placed: list[Placed]) -> Iterator[str]:

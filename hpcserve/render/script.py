@@ -12,7 +12,7 @@ from ..config.resources import resources
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
 from . import quoting
-from .containers import apptainer_words, pyxis_words
+from .containers import FOREIGN, apptainer_words, pyxis_words
 from .quoting import Expanding
 from .summary import layout_line
 
@@ -27,6 +27,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     run_dir = Path(run_dir)
     site = plan.site
     container = site.container.runtime
+    outside = site.container.agent == "outside"
     slurm = site.scheduler == "slurm"
     step = _step(plan, run_dir)
     return _template("job.sh.j2").render(
@@ -42,7 +43,9 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         env=sorted(site.setup.env.items()),
         python=python_on_nodes(plan, python),
         container=container,
-        apptainer=apptainer_words(plan, run_dir) if container == "apptainer" else [],
+        inside=apptainer_words(plan, run_dir) if container == "apptainer" and not outside else [],
+        outside=outside,
+        foreign=_foreign(plan) if container != "none" and not outside else (),
         step=["srun", *step],
         head_step=[*_head_step(plan), *pyxis_words(plan, run_dir)] if container == "pyxis" else [],
         mpi=site.slurm.mpi,
@@ -54,7 +57,16 @@ def python_on_nodes(plan: Plan, python: str) -> str:
     """The interpreter on the nodes: the site's, the image's, or `python` of the launch."""
     if plan.site.setup.python:
         return Expanding(plan.site.setup.python)
-    return python if plan.site.container.runtime == "none" else "python3"
+    container = plan.site.container
+    return python if container.runtime == "none" or container.agent == "outside" else "python3"
+
+
+def _foreign(plan: Plan) -> tuple[str, ...]:
+    """What must not reach the image. LD_LIBRARY_PATH Apptainer itself may need, and keeps outside."""
+    kept = set(plan.site.setup.env)
+    if plan.site.container.runtime == "apptainer":
+        kept.add("LD_LIBRARY_PATH")
+    return tuple(name for name in FOREIGN if name not in kept)
 
 
 def _template(name: str) -> Template:

@@ -22,6 +22,7 @@ from ..discovery.addresses import in_url
 from ..discovery.facts import RankFacts, Roster
 from ..ports import HeldPorts, PortRange, ephemeral_range, hold
 from ..process import signal_group
+from .engine_container import contained_argv, contained_environment, engines_apart
 from .environment import engine_environment
 from .keeper import Keeper
 from .log_pump import LogPump
@@ -97,6 +98,7 @@ class EngineLauncher:
     environ: Mapping[str, str]
     cpus: tuple[int, ...]
     scratch: Path
+    run_dir: Path
     log: Path
     keeper: Keeper
     find_leader: Callable[[str], Leader | None]
@@ -151,8 +153,14 @@ class EngineLauncher:
             key=self.key,
             scratch=str(self.scratch),
         )
+        argv = command.argv
+        if engines_apart(self.plan):
+            argv = contained_argv(
+                self.plan, self.run_dir, argv, scratch=str(self.scratch), environ=self.environ
+            )
+            environment = contained_environment(self.plan, environment, command.env)
         url = f"http://{in_url(self.facts.address)}:{ports['http']}" if self.node == 0 else None
-        return self._spawn(command.argv, environment, url, ports, on_line)
+        return self._spawn(argv, environment, url, ports, on_line)
 
     def _spawn(
         self,
@@ -216,7 +224,7 @@ class EngineLauncher:
             model_path=self.plan.model.model,
             cpus=self.cpus,
             fabric_env=transfer_devices(self.plan, self.facts, self.replica).env,
-            python=sys.executable,
+            python=self.plan.site.container.python if engines_apart(self.plan) else sys.executable,
             scratch=str(self.scratch),
             gpu_names=tuple(gpu.visible for gpu in self.facts.gpus),
         )
