@@ -110,8 +110,8 @@ class ContainerSite(Provenance):
         "How programs run on the nodes.", "none", choices=("none", "pyxis", "apptainer")
     )
     image: str | None = key(
-        "Image with the engine, and with hpcserve unless `agent` is `outside`: a file that all nodes see, or an "
-        "image of a registry, which `hpcserve image pull` fetches.",
+        "Image with the engine, and with hpcserve unless `agent` is `outside`: a file that all nodes see, or "
+        "an image of a registry, which `hpcserve image pull` fetches.",
         None,
         example="docker://nvcr.io/nvidia/vllm:25.09-py3",
     )
