@@ -22,6 +22,7 @@ from ..discovery.addresses import in_url
 from ..discovery.facts import RankFacts, Roster
 from ..ports import HeldPorts, PortRange, ephemeral_range, hold
 from ..process import signal_group
+from ..strays import Strays
 from .engine_container import contained_argv, contained_environment, engines_apart
 from .environment import engine_environment
 from .keeper import Keeper
@@ -59,9 +60,12 @@ class RunningEngine:
             self.process.send_signal(signal.SIGTERM)
             await self._wait(deadline)
         last = clock() + _GROUP_END
+        strays = None if self.exited() else Strays(self.pid)
         while signal_group(self.pid, signal.SIGKILL) and clock() < last:
             self.exited()
             await asyncio.sleep(0.02)
+        if strays is not None:
+            strays.kill()
         await self._wait(lambda: last)
         await asyncio.to_thread(self.pump.finish, 2.0)
         return self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
