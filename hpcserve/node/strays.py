@@ -1,7 +1,7 @@
 """Children of an engine that are in no group of its own, and would outlive it when the group is killed.
 
-Apptainer starts the process that mounts an image file (squashfuse) in a session of its own and ends it itself,
-unless it is killed.
+Apptainer starts the process that mounts an image file (squashfuse) in a session of its own, and ends it
+itself, unless it is killed.
 """
 
 from __future__ import annotations

@@ -30,15 +30,19 @@ class NoPump:
 
 
 @pytest.mark.parametrize("grace", [0.0, 0.2], ids=["killed at once", "deaf to SIGTERM"])
-async def test_a_child_outside_the_group_ends_with_the_engine(grace: float) -> None:
+def test_a_child_outside_the_group_ends_with_the_engine(grace: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     engine = RunningEngine(process, url=None, ports={}, pump=cast(LogPump, NoPump()))
-    deadline = asyncio.get_running_loop().time() + grace
-    assert await engine.end(lambda: deadline) == -9
+    assert asyncio.run(_end(engine, grace)) == -9
     wait_for(lambda: not _lives(child), "the child to end")
     process.stdout.close()
+
+
+async def _end(engine: RunningEngine, grace: float) -> int:
+    deadline = asyncio.get_running_loop().time() + grace
+    return await engine.end(lambda: deadline)
 
 
 def _lives(pid: int) -> bool:
