@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -328,15 +329,17 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	static const char *const own[] = { "/tmp", "/var/run", "/var/lock" };
 	uid_t uid = geteuid();
 	gid_t gid = getegid();
-	char home[PATH_MAX], text[64];
+	char home[PATH_MAX];
 
 	if (image == NULL || !spank_remote(sp))
 		return 0;
 	import_environment(sp);
+	/* What was root before and has not called exec yet does not own its files in /proc. */
+	if (prctl(PR_SET_DUMPABLE, 1) < 0)
+		return fail("prctl", "dumpable");
 	if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
 		return fail("unshare", "namespaces");
-	snprintf(text, sizeof(text), "%s", "/proc/self/setgroups");
-	if (write_file(text, "deny", 0) < 0 || write_file("/proc/self/uid_map", "%u %u 1", uid) < 0 ||
+	if (write_file("/proc/self/setgroups", "deny", 0) < 0 || write_file("/proc/self/uid_map", "%u %u 1", uid) < 0 ||
 	    write_file("/proc/self/gid_map", "%u %u 1", gid) < 0)
 		return fail("write", "uid_map");
 	if (mount(NULL, "/", NULL, MS_PRIVATE | MS_REC, NULL) < 0 ||
