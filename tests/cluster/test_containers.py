@@ -144,8 +144,13 @@ def test_engines_alone_in_apptainer(
 def test_pyxis_serves_from_a_squashfs_file(
     cluster: Testbed, launches: Launches, launched: list[Launched], sqsh: Path, pmi_hook: bool
 ) -> None:
-    name = site(launches, "in-pyxis", f"  runtime: pyxis\n  image: {sqsh}", "")
+    # An Open MPI with Slurm's own PMIx, which reads shared files of the server's directory.
+    setup = "  env: {MPI4PY_LIBMPI: /usr/lib/x86_64-linux-gnu/libmpi.so.40}"
+    name = site(launches, "in-pyxis", f"  runtime: pyxis\n  image: {sqsh}", setup)
     with pyxis(pmi_hook=pmi_hook):
         where = serve(cluster, launches, launched, name)
     assert where == {kind: {True} for kind in ("agent", "head", "hpcserve.engines.fake_server")}
-    assert launched[0].events("rendezvous")[0]["transport"] == ("mpi" if pmi_hook else "tcp")
+    [run] = launched
+    assert run.events("rendezvous")[0]["transport"] == ("mpi" if pmi_hook else "tcp"), run.logs()
+    warned = "warning: the rendezvous can't use mpi here" in (run.run_dir / "logs/job.log").read_text()
+    assert warned is not pmi_hook
