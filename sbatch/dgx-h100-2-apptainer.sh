@@ -50,6 +50,8 @@ trap on_exit EXIT
 # They name this node's libraries and would break those of the image.
 unset LD_PRELOAD PYTHONHOME PYTHONPATH PYTHONSTARTUP VIRTUAL_ENV
 
+export PYTHONNOUSERSITE=1
+
 # What sbatch was told (--export=NONE, --mpi, --cpu-bind) must not reach the steps below.
 export SLURM_EXPORT_ENV=ALL
 unset SLURM_MPI_TYPE SLURM_CPU_BIND SLURM_KILL_BAD_EXIT
@@ -63,13 +65,13 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
   fi
 fi
 
-python=python3
 apptainer=$(command -v apptainer || command -v singularity) || {
   say "error: there is neither apptainer nor singularity on $(hostname)"
   say "hint: load its module in \`setup\` of the site config"
   exit 3
 }
 inside=("$apptainer" exec --nv "--bind=/tmp:/tmp" "--bind=/scratch/alice/hpcserve/llama:/scratch/alice/hpcserve/llama" "--bind=/models/llama:/models/llama:ro" "/images/hpcserve.sif")
+python=python3
 # Asked to stop while it waited to start again: then it must not come back.
 if [ -e "$HPCSERVE_RUN_DIR/stop" ]; then
   say "stopped: the file \`stop\` is in the run directory"

@@ -51,6 +51,8 @@ trap on_exit EXIT
 # They name this node's libraries and would break those of the image.
 unset LD_LIBRARY_PATH LD_PRELOAD PYTHONHOME PYTHONPATH PYTHONSTARTUP VIRTUAL_ENV
 
+export PYTHONNOUSERSITE=1
+
 # What sbatch was told (--export=NONE, --mpi, --cpu-bind) must not reach the steps below.
 export SLURM_EXPORT_ENV=ALL
 unset SLURM_MPI_TYPE SLURM_CPU_BIND SLURM_KILL_BAD_EXIT

@@ -53,8 +53,8 @@ class Lock:
 
     @property
     def token(self) -> str:
-        """Names what belongs to this owner alone."""
-        return _name(self._number)
+        """Names what belongs to this owner alone: numbers come again, once a lock was let go."""
+        return f"{_name(self._number)}-{socket.gethostname()}-{os.getpid()}"
 
     def held(self) -> bool:
         """False when others took this process for dead: then it must change nothing any more."""
@@ -91,7 +91,7 @@ def hold(
 def _take(directory: Path, waiting: Callable[[Owner], None], silence: float) -> int:
     told: Owner | None = None
     while True:
-        directory.mkdir(exist_ok=True)
+        _make(directory)
         last = max(_numbers(directory), default=0)
         if last:
             owner = _read(directory, last)
@@ -107,6 +107,16 @@ def _take(directory: Path, waiting: Callable[[Owner], None], silence: float) -> 
             continue  # another one was quicker
         except FileNotFoundError:
             continue  # the directory was just released
+
+
+def _make(directory: Path) -> None:
+    """As open as the directory above: who shares that with a group takes locks over, too."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return
+    with suppress(FileNotFoundError):  # its first owner let it go already
+        directory.chmod(directory.parent.stat().st_mode & 0o777)
 
 
 def _create(directory: Path, number: int) -> int:

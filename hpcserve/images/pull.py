@@ -203,18 +203,20 @@ def _publish(image: Image, work: Path, program: str, held: lock.Lock) -> None:
         "pulled": round(time.time()),
         "program": program,
     }
-    write_json(image.facts, facts, mode=0o644)
     try:
+        # Facts about an earlier file, which somebody removed, would be held against this one.
+        image.facts.unlink(missing_ok=True)
         os.replace(target, image.path)
     except OSError as error:
         raise storage_error(error, "write", hint=_SPACE) from error
+    write_json(image.facts, facts, mode=0o644)
 
 
 def _check_size(image: Image) -> None:
     try:
         wanted = read_json(image.facts)["bytes"]
     except FileNotFoundError:
-        return  # somebody put the image there by hand
+        return  # put there by hand, or this moment
     size = image.path.stat().st_size
     if size != wanted:
         raise StorageError(

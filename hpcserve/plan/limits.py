@@ -22,6 +22,11 @@ def check_site(site: Site) -> None:
             "local ranks are plain processes",
             hint="set `container: {runtime: none}` in the site config",
         )
+    if runtime == "none" and site.container.agent == "outside":
+        raise PlanError(
+            f"site {site.name} has container.agent: outside, but no container",
+            hint="set `runtime` and `image` of the container, or leave `agent` out",
+        )
     if runtime != "none":
         _check_container(site.name, site.container)
     if site.ports.low > site.ports.high:

@@ -14,6 +14,8 @@ PACKAGE_IN_IMAGE = "/opt/hpcserve-package"
 """Where an image without hpcserve finds the modules that engines load from it."""
 FOREIGN = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV")
 """Variables that name the node's own libraries, which are not the image's."""
+NO_USER_SITE = "PYTHONNOUSERSITE"
+"""Keeps ~/.local/lib/python3… out, which belongs to another Python when the home directory is mounted."""
 _HUB_SNAPSHOT = re.compile(r"(/.+/(?:models|datasets)--[^/]+)/snapshots/[^/]+")
 _HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 

@@ -67,10 +67,18 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   SCRATCH       private directory on this node",
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
         f"#   {engine.key_variable}  the job key, from secrets/job-key",
+        *_container_lines(plan),
         f"PYTHON={quote(interpreter)}",
         "",
     ]
     return "\n".join([*head, *_blocks(placed)])
+
+
+def _container_lines(plan: Plan) -> list[str]:
+    container = plan.site.container
+    if container.runtime == "none":
+        return []
+    return [f"# In the job they run in the site's container ({container.runtime}, {container.image})."]
 
 
 def _interpreter(plan: Plan, python: str) -> str:

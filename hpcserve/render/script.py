@@ -12,7 +12,7 @@ from ..config.resources import resources
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
 from . import quoting
-from .containers import FOREIGN, apptainer_words, pyxis_words
+from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
 from .quoting import Expanding
 from .summary import layout_line
 
@@ -30,6 +30,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     outside = site.container.agent == "outside"
     slurm = site.scheduler == "slurm"
     step = _step(plan, run_dir)
+    alone = {NO_USER_SITE: "1"} if container != "none" and not outside else {}
     return _template("job.sh.j2").render(
         plan=plan,
         slurm=slurm,
@@ -40,7 +41,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         rendezvous_timeout=RENDEZVOUS_TIMEOUT,
         modules=site.setup.modules,
         setup=site.setup.script.rstrip("\n"),
-        env=sorted(site.setup.env.items()),
+        env=sorted({**alone, **site.setup.env}.items()),
         python=python_on_nodes(plan, python),
         container=container,
         inside=apptainer_words(plan, run_dir) if container == "apptainer" and not outside else [],

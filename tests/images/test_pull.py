@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -144,7 +145,9 @@ def test_an_image_is_pulled_once_and_its_digest_is_kept(registry: Registry) -> N
 def test_what_the_programs_are_told(registry: Registry) -> None:
     registry.pull()
     [call] = registry.calls()
-    part = f"{registry.root}/cache/.{registry.image.path.name}.part-000001"
+    part = (
+        f"{registry.root}/cache/.{registry.image.path.name}.part-000001-{socket.gethostname()}-{os.getpid()}"
+    )
     target = f"{part}/{registry.image.path.name}"
     if registry.runtime == "apptainer":
         assert call.endswith(f"apptainer pull --arch amd64 {target} docker://nvcr.io/nvidia/vllm:25.09")
@@ -212,7 +215,6 @@ def test_a_full_disk_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device", str(registry.image.path))
 
     monkeypatch.setattr("hpcserve.images.pull.os.replace", full)
-    monkeypatch.setattr("hpcserve.images.pull.write_json", lambda *_, **__: None)
     with pytest.raises(StorageError, match="No space left") as caught:
         registry.pull()
     assert "container.cache" in str(caught.value.hint)

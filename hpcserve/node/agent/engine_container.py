@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import EngineError
 from ...plan.plan import Plan
-from ...render.containers import FOREIGN, PACKAGE_IN_IMAGE, apptainer_words
+from ...render.containers import FOREIGN, NO_USER_SITE, PACKAGE_IN_IMAGE, apptainer_words
 
 APPTAINER_VARIABLE = "HPCSERVE_APPTAINER"
 """Apptainer's program, as the job script found it."""
@@ -48,6 +48,7 @@ def contained_environment(
     meant = {*plan.site.setup.env, *added}
     kept = {name: value for name, value in environment.items() if name not in FOREIGN or name in meant}
     kept.pop(APPTAINER_VARIABLE, None)
+    kept.setdefault(NO_USER_SITE, "1")
     further = kept.get("PYTHONPATH")
     kept["PYTHONPATH"] = f"{PACKAGE_IN_IMAGE}:{further}" if further else PACKAGE_IN_IMAGE
     return kept
