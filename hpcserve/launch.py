@@ -170,6 +170,9 @@ def submit(prepared: Prepared, command: Sequence[str], *, after: str | None = No
     StorageError, SlurmError, and KeyboardInterrupt for a Ctrl-C; neither a run directory nor a job
     is left then.
     """
+    from .images.pull import need_image
+
+    need_image(prepared.plan.site, os.environ)
     while True:
         try:
             return _submit(prepared, command, after)

@@ -47,6 +47,11 @@ on_exit() {
 }
 trap on_exit EXIT
 
+# They name this node's libraries and would break those of the image.
+unset LD_PRELOAD PYTHONHOME PYTHONPATH PYTHONSTARTUP VIRTUAL_ENV
+
+export PYTHONNOUSERSITE=1
+
 # What sbatch was told (--export=NONE, --mpi, --cpu-bind) must not reach the steps below.
 export SLURM_EXPORT_ENV=ALL
 unset SLURM_MPI_TYPE SLURM_CPU_BIND SLURM_KILL_BAD_EXIT
@@ -60,8 +65,13 @@ if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
   fi
 fi
 
+apptainer=$(command -v apptainer || command -v singularity) || {
+  say "error: there is neither apptainer nor singularity on $(hostname)"
+  say "hint: load its module in \`setup\` of the site config"
+  exit 3
+}
+inside=("$apptainer" exec --nv "--bind=/tmp:/tmp" "--bind=/scratch/alice/hpcserve/llama:/scratch/alice/hpcserve/llama" "--bind=/models/llama:/models/llama:ro" "/images/hpcserve.sif")
 python=python3
-inside=(apptainer exec --nv "--bind=/scratch/alice/hpcserve/llama:/scratch/alice/hpcserve/llama" "--bind=/models/llama:/models/llama:ro" /images/hpcserve.sif)
 # Asked to stop while it waited to start again: then it must not come back.
 if [ -e "$HPCSERVE_RUN_DIR/stop" ]; then
   say "stopped: the file \`stop\` is in the run directory"
@@ -123,7 +133,7 @@ rendezvous() { # TRANSPORT, then further flags of srun
   # PMIx is reached through a directory that only the step knows.
   # shellcheck disable=SC2016
   "${step[@]}" "$@" --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$logs_pattern/rendezvous-%t.log" \
-    bash -c 'export APPTAINER_BIND="${APPTAINER_BIND:-}${PMIX_SERVER_TMPDIR:+${APPTAINER_BIND:+,}$PMIX_SERVER_TMPDIR}"; exec "$@"' bash \
+    bash -c 'runtime=$1; shift 2; exec "$runtime" exec ${PMIX_SERVER_TMPDIR:+"--bind=$PMIX_SERVER_TMPDIR"} "$@"' bash \
     "${inside[@]}" "$python" -m hpcserve.node rendezvous --run-dir "$HPCSERVE_RUN_DIR" --transport "$transport" &
   running=("$!")
   await "$!"

@@ -4,6 +4,7 @@
 #   SCRATCH       private directory on this node
 #   transport variables (UCX_NET_DEVICES, …) found on the node are added
 #   VLLM_API_KEY  the job key, from secrets/job-key
+# In the job they run in the site's container (pyxis, /images/hpcserve.sqsh).
 PYTHON=python3
 
 # prefill-0 on node 0, slots 0,1,2,3,4,5,6,7

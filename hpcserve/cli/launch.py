@@ -67,6 +67,7 @@ def _launch(prepared: Prepared, args: argparse.Namespace) -> int:
     from ..render.summary import cost_line
 
     _warn_of_variables(prepared)
+    _warn_of_image(prepared)
     say(f"cost: {cost_line(prepared.plan)}")
     run = submit(prepared, args.command_line)
     name = run.record.run_id
@@ -125,6 +126,21 @@ def _warn_of_variables(prepared: Prepared) -> None:
         warn(
             f"{name}={value} in your environment is not used: the job script says all there is to say",
             "use a flag such as --partition or --account, or the site config",
+        )
+
+
+def _warn_of_image(prepared: Prepared) -> None:
+    """A file may be on the nodes only, so this is no error."""
+    from ..config.images import image_path, reference
+
+    container = prepared.plan.site.container
+    if container.runtime == "none" or container.image is None or reference(container.image) is not None:
+        return
+    path = os.path.expandvars(image_path(container))
+    if not os.path.exists(path):
+        warn(
+            f"the image {path} does not exist on this host",
+            "is that the name of a file on the nodes? `container.image` of the site says it",
         )
 
 

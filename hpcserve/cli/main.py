@@ -32,6 +32,7 @@ COMMANDS = {
     "explain": "show what a launch would derive, and from where",
     "render": "print the job script of a launch",
     "why-route": "print why requests went to the workers they went to",
+    "image pull": "fetch a site's container image from its registry",
     "router": "run the router alone, for engines that someone else started",
     "bench": "measure the router against its peers, or on a trace",
 }

@@ -117,7 +117,23 @@ class ContainerSite(Provenance):
     runtime: Literal["none", "pyxis", "apptainer"] = key(
         "How programs run on the nodes.", "none", choices=("none", "pyxis", "apptainer")
     )
-    image: str | None = key("Image with hpcserve and the engine.", None)
+    image: str | None = key(
+        "Image with the engine, and with hpcserve unless `agent` is `outside`: a file that all nodes see, or "
+        "an image of a registry, which `hpcserve image pull` fetches.",
+        None,
+        example="docker://nvcr.io/nvidia/vllm:25.09-py3",
+    )
+    cache: str = key(
+        "Directory of pulled images, on a file system that all nodes share. ~ and $VARS are expanded.",
+        "~/.hpcserve/images",
+    )
+    agent: Literal["inside", "outside"] = key(
+        "Whether all of hpcserve runs in the container, or only the engines do and hpcserve runs in "
+        "`setup.python` on the node (apptainer).",
+        "inside",
+        choices=("inside", "outside"),
+    )
+    python: str = key("Python of the image, for engines when `agent` is `outside`.", "python3")
     binds: tuple[str, ...] = key("`SOURCE:TARGET[:ro]` mounts.", ())
     args: tuple[str, ...] = key("Further flags of the runtime.", ())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config.model import ModelSpec
-from ..config.site import Site
+from ..config.site import ContainerSite, Site
 from ..errors import PlanError
 from .abilities import ABILITIES
 from .explain import duration
@@ -22,6 +22,13 @@ def check_site(site: Site) -> None:
             "local ranks are plain processes",
             hint="set `container: {runtime: none}` in the site config",
         )
+    if runtime == "none" and site.container.agent == "outside":
+        raise PlanError(
+            f"site {site.name} has container.agent: outside, but no container",
+            hint="set `runtime` and `image` of the container, or leave `agent` out",
+        )
+    if runtime != "none":
+        _check_container(site.name, site.container)
     if site.ports.low > site.ports.high:
         raise PlanError(
             f"site {site.name} has ports.low {site.ports.low} above ports.high {site.ports.high}",
@@ -31,6 +38,25 @@ def check_site(site: Site) -> None:
         raise PlanError(
             f"site {site.name} takes no job without an account",
             hint="add `--account NAME`, or `slurm: {account: NAME}` to your copy of the site config",
+        )
+
+
+_HIDING = frozenset({"--cleanenv", "-e", "--containall", "-C"})
+"""Flags of Apptainer that keep the job's environment outside."""
+
+
+def _check_container(name: str, container: ContainerSite) -> None:
+    if container.runtime == "pyxis" and container.agent == "outside":
+        raise PlanError(
+            f"site {name} has container.agent: outside, and pyxis puts whole steps of a job into a container",
+            hint="use an image that has hpcserve too, with `agent: inside`, or `runtime: apptainer`",
+        )
+    hiding = [flag for flag in container.args if flag in _HIDING]
+    if container.runtime == "apptainer" and hiding:
+        raise PlanError(
+            f"site {name} has {hiding[0]} in container.args: programs inside would not know their rank, "
+            "GPUs and network",
+            hint="leave it out: Python's and the loader's variables of the node are kept outside anyway",
         )
 
 

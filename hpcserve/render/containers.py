@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.images import image_path
 from ..plan.plan import Plan
 from .quoting import Expanding
+
+PACKAGE_IN_IMAGE = "/opt/hpcserve-package"
+"""Where an image without hpcserve finds the modules that engines load from it."""
+FOREIGN = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV")
+"""Variables that name the node's own libraries, which are not the image's."""
+NO_USER_SITE = "PYTHONNOUSERSITE"
+"""Keeps ~/.local/lib/python3… out, which belongs to another Python when the home directory is mounted."""
+_HUB_SNAPSHOT = re.compile(r"(/.+/(?:models|datasets)--[^/]+)/snapshots/[^/]+")
+_HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 
 
 def pyxis_words(plan: Plan, run_dir: Path) -> list[str]:
     """Flags of srun (github.com/NVIDIA/pyxis)."""
-    site = plan.site
+    container = plan.site.container
     mounts = ",".join(_pyxis_mount(bind) for bind in binds(plan, run_dir))
     flags = [
-        f"--container-image={site.container.image}",
+        Expanding(f"--container-image={image_path(container)}"),
         Expanding(f"--container-mounts={mounts}"),
         "--no-container-mount-home",
     ]
     # Where the image sets a variable too, the job's value wins.
-    ours = sorted({"HPCSERVE_RUN_DIR", *site.setup.env})
+    ours = sorted({"HPCSERVE_RUN_DIR", *plan.site.setup.env})
     flags.append(f"--container-env={','.join(ours)}")
-    return [*flags, *site.container.args]
+    return [*flags, *container.args]
 
 
 def apptainer_words(plan: Plan, run_dir: Path) -> list[str]:
-    """Command before the program."""
+    """What stands between `apptainer exec`, or `singularity exec`, and the program."""
     container = plan.site.container
     gpu = ["--nv"] if plan.device == "cuda" else []
     mounts = [Expanding(f"--bind={bind}") for bind in binds(plan, run_dir)]
-    return ["apptainer", "exec", *gpu, *mounts, *container.args, str(container.image)]
+    image = Expanding(image_path(container))
+    return [*gpu, *mounts, *container.args, image]
 
 
 def binds(plan: Plan, run_dir: Path) -> list[str]:
     """`SOURCE:TARGET[:ro]` of everything a process needs to see; what one shows is not bound again."""
     chosen = list(plan.site.container.binds)
+    local = plan.site.storage.node_local.rstrip("/")
+    if not any(_covers(bind, local) for bind in chosen):
+        # First, because a site may bind something below it.
+        chosen.insert(0, f"{local}:{local}")
     for path, flags in _own_paths(plan, run_dir):
         if not any(_covers(bind, path) for bind in chosen):
             chosen.append(f"{path}:{path}{flags}")
@@ -44,9 +60,15 @@ def binds(plan: Plan, run_dir: Path) -> list[str]:
 def _own_paths(plan: Plan, run_dir: Path) -> Iterator[tuple[str, str]]:
     yield str(run_dir), ""
     if plan.model.model.startswith("/"):
-        yield plan.model.model.rstrip("/"), ":ro"
-    if plan.site.storage.node_local not in ("/tmp", "/tmp/"):
-        yield plan.site.storage.node_local.rstrip("/"), ""
+        path = plan.model.model.rstrip("/")
+        # In a cache of the Hugging Face hub the files of a snapshot are links to a directory beside it.
+        snapshot = _HUB_SNAPSHOT.fullmatch(path)
+        yield snapshot[1] if snapshot else path, ":ro"
+    for name in _HUB_VARIABLES:
+        if name in plan.site.setup.env:
+            yield plan.site.setup.env[name].rstrip("/"), ""
+    if plan.batch is not None:
+        yield plan.batch.output, ""
 
 
 def _covers(bind: str, path: str) -> bool:

@@ -64,7 +64,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
     placed = engine_commands(plan, python=None)
     engine = engines.of(plan.model)
     stepped = any(engine.in_step(replica) for replica in plan.replicas)
-    interpreter = python_on_nodes(plan, python) if python is not None else "python"
+    interpreter = _interpreter(plan, python) if python is not None else "python"
     head = [
         "# Engines, one command per process. In the job, agents fill these variables in:",
         "#   ADDRESS       this node's address that the other nodes reach",
@@ -73,10 +73,25 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
         *(["#   NODES         Slurm's names of the replica's nodes", _STEP_NOTE] if stepped else []),
         f"#   {engine.key_variable}  the job key, from secrets/job-key",
+        *_container_lines(plan),
         f"PYTHON={quote(interpreter)}",
         "",
     ]
     return "\n".join([*head, *_blocks(plan, engine, placed)])
+
+
+def _container_lines(plan: Plan) -> list[str]:
+    container = plan.site.container
+    if container.runtime == "none":
+        return []
+    return [f"# In the job they run in the site's container ({container.runtime}, {container.image})."]
+
+
+def _interpreter(plan: Plan, python: str) -> str:
+    container = plan.site.container
+    if container.runtime != "none" and container.agent == "outside":
+        return container.python
+    return python_on_nodes(plan, python)
 
 
 def _blocks(plan: Plan, engine: Engine, placed: list[Placed]) -> Iterator[str]:

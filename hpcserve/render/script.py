@@ -12,7 +12,7 @@ from ..config.resources import resources
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
 from . import quoting
-from .containers import apptainer_words, pyxis_words
+from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
 from .gpus import gpu_request
 from .quoting import Expanding
 from .summary import layout_line
@@ -28,8 +28,10 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     run_dir = Path(run_dir)
     site = plan.site
     container = site.container.runtime
+    outside = site.container.agent == "outside"
     slurm = site.scheduler == "slurm"
     step = _step(plan, run_dir)
+    alone = {NO_USER_SITE: "1"} if container != "none" and not outside else {}
     return _template("job.sh.j2").render(
         plan=plan,
         slurm=slurm,
@@ -40,10 +42,12 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         rendezvous_timeout=RENDEZVOUS_TIMEOUT,
         modules=site.setup.modules,
         setup=site.setup.script.rstrip("\n"),
-        env=sorted(site.setup.env.items()),
+        env=sorted({**alone, **site.setup.env}.items()),
         python=python_on_nodes(plan, python),
         container=container,
-        apptainer=apptainer_words(plan, run_dir) if container == "apptainer" else [],
+        inside=apptainer_words(plan, run_dir) if container == "apptainer" and not outside else [],
+        outside=outside,
+        foreign=_foreign(plan) if container != "none" and not outside else (),
         step=["srun", *step],
         head_step=[*_head_step(plan), *pyxis_words(plan, run_dir)] if container == "pyxis" else [],
         mpi=site.slurm.mpi,
@@ -55,7 +59,16 @@ def python_on_nodes(plan: Plan, python: str) -> str:
     """The interpreter on the nodes: the site's, the image's, or `python` of the launch."""
     if plan.site.setup.python:
         return Expanding(plan.site.setup.python)
-    return python if plan.site.container.runtime == "none" else "python3"
+    container = plan.site.container
+    return python if container.runtime == "none" or container.agent == "outside" else "python3"
+
+
+def _foreign(plan: Plan) -> tuple[str, ...]:
+    """What must not reach the image. LD_LIBRARY_PATH Apptainer itself may need, and keeps outside."""
+    kept = set(plan.site.setup.env)
+    if plan.site.container.runtime == "apptainer":
+        kept.add("LD_LIBRARY_PATH")
+    return tuple(name for name in FOREIGN if name not in kept)
 
 
 def _template(name: str) -> Template:

@@ -15,7 +15,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"plan"}),
     frozenset({"engines"}),
     frozenset({"render"}),
-    frozenset({"slurm"}),
+    frozenset({"slurm", "images"}),
     frozenset({"router", "node", "batch", "doctor"}),
     frozenset({"bench"}),
     frozenset({"control", "launch"}),

@@ -39,11 +39,13 @@ class Launches:
         path.chmod(0o644)
         return path
 
-    def launch(self, model: str, *flags: str, name: str, nodes: int = 4) -> Launched:
+    def launch(
+        self, model: str, *flags: str, name: str, nodes: int = 4, site: str = "test-cluster"
+    ) -> Launched:
         """`hpcserve launch --no-wait` of a model.yaml with this text."""
         spec = self.file(f"{name}.yaml", model)
         done = self.hpcserve(
-            "launch", f"--nodes={nodes}", "--site=test-cluster", "--json", "--no-wait", f"--name={name}",
+            "launch", f"--nodes={nodes}", f"--site={site}", "--json", "--no-wait", f"--name={name}",
             *flags, str(spec),
         )  # fmt: skip
         return Launched(self, json.loads(done.stdout))

@@ -17,9 +17,12 @@ MOUNTED = Path("/opt/hpcserve-testbed/checkout")
 
 PYTHON = MOUNTED / ".venv/bin/python"
 SLURM_CONF = RUN / "slurm.conf"
+PLUGINS = RUN / "plugstack.d"
 LOGS = RUN / "log"
 PIDS = RUN / "pids"
 GPUS = RUN / "gpus"
 MUNGE_SOCKET = RUN / "munge" / "munge.socket"
 LOCK = Path("/run/hpcserve-testbed.lock")
 MODELS = SHARED / "models"
+APPTAINER = Path("/opt/hpcserve-testbed/apptainer/usr/bin/apptainer")
+"""Where install_apptainer.sh puts it."""

@@ -37,6 +37,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
+PlugStackConfig={paths.RUN}/plugstack.conf
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
@@ -68,6 +69,11 @@ def gres_conf(hosts: list[Host]) -> str:
 def mpi_conf() -> str:
     """PMIx needs a directory that the nodes do not share."""
     return "PMIxCliTmpDirBase=/run/pmix\n"
+
+
+def plugstack_conf() -> str:
+    """srun and each step's slurmstepd read it anew, so plugins can come and go while the cluster is up."""
+    return f"include {paths.PLUGINS}/*.conf\n"
 
 
 def cgroup_conf() -> str:

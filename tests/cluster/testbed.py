@@ -348,6 +348,7 @@ def _make_files(hosts: list[Host]) -> None:
         paths.LOGS,
         paths.PIDS,
         paths.GPUS,
+        paths.PLUGINS,
         paths.MUNGE_SOCKET.parent,
         Path("/run/pmix"),
         *inside,
@@ -360,6 +361,7 @@ def _make_files(hosts: list[Host]) -> None:
         (slurm_conf.gres_conf(hosts), "gres.conf"),
         (slurm_conf.mpi_conf(), "mpi.conf"),
         (slurm_conf.cgroup_conf(), "cgroup.conf"),
+        (slurm_conf.plugstack_conf(), "plugstack.conf"),
         ("127.0.0.1 localhost\n" + namespaces.hosts_text(hosts, login), "hosts"),
     ):
         (paths.RUN / name).write_text(text)

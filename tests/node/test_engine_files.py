@@ -52,6 +52,7 @@ def test_files_of_a_command_are_there_when_it_starts(tmp_path: Path) -> None:
         environ={},
         cpus=(),
         scratch=tmp_path / "scratch",
+        run_dir=tmp_path,
         log=tmp_path / "log",
         keeper=cast(Keeper, NoKeeper()),
         find_leader=lambda _: None,

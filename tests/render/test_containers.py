@@ -8,10 +8,13 @@ import pytest
 
 from hpcserve.config.model import ModelSpec
 from hpcserve.config.site import ContainerSite, SetupSite, StorageSite
+from hpcserve.errors import PlanError
 from hpcserve.render.containers import apptainer_words, binds, pyxis_words
 from hpcserve.render.quoting import words
 
 from .cases import RUN_DIR, dgx, local, plan
+
+RUN = f"{RUN_DIR}:{RUN_DIR}"
 
 
 def planned(
@@ -30,18 +33,17 @@ def planned(
 @pytest.mark.parametrize(
     ("own", "model", "expected"),
     [
-        ((), "/models/llama", [f"{RUN_DIR}:{RUN_DIR}", "/models/llama:/models/llama:ro"]),
-        (("/models:/models:ro",), "/models/llama", ["/models:/models:ro", f"{RUN_DIR}:{RUN_DIR}"]),
-        (("/scratch",), "org/llama", ["/scratch"]),
+        ((), "/models/llama", ["/tmp:/tmp", RUN, "/models/llama:/models/llama:ro"]),
+        (("/models:/models:ro",), "/models/llama", ["/tmp:/tmp", "/models:/models:ro", RUN]),
+        (("/scratch",), "org/llama", ["/tmp:/tmp", "/scratch"]),
+        (("/mod:/mod",), "/models/llama", ["/tmp:/tmp", "/mod:/mod", RUN, "/models/llama:/models/llama:ro"]),
+        (("/models:/other",), "/models/x", ["/tmp:/tmp", "/models:/other", RUN, "/models/x:/models/x:ro"]),
+        (("/tmp",), "org/llama", ["/tmp", RUN]),
+        # The files of a snapshot are links to ../../blobs.
         (
-            ("/mod:/mod",),
-            "/models/llama",
-            ["/mod:/mod", f"{RUN_DIR}:{RUN_DIR}", "/models/llama:/models/llama:ro"],
-        ),
-        (
-            ("/models:/other",),
-            "/models/x",
-            ["/models:/other", f"{RUN_DIR}:{RUN_DIR}", "/models/x:/models/x:ro"],
+            (),
+            "/hub/models--org--llama/snapshots/0a1b",
+            ["/tmp:/tmp", RUN, "/hub/models--org--llama:/hub/models--org--llama:ro"],
         ),
     ],
 )
@@ -55,9 +57,36 @@ def test_node_local_storage_is_named_by_the_node() -> None:
 
 
 def test_apptainer_flags_of_the_site_come_before_the_image() -> None:
-    found = apptainer_words(planned(args=("--cleanenv",)), RUN_DIR)  # type: ignore[arg-type]
-    assert found[:3] == ["apptainer", "exec", "--nv"]
-    assert found[-2:] == ["--cleanenv", "/i.sif"]
+    found = apptainer_words(planned(args=("--no-mount=cwd",)), RUN_DIR)  # type: ignore[arg-type]
+    assert found[0] == "--nv"
+    assert found[-2:] == ["--no-mount=cwd", "/i.sif"]
+
+
+@pytest.mark.parametrize("flag", ["--cleanenv", "-e", "--containall", "-C"])
+def test_flags_that_hide_the_jobs_environment_are_refused(flag: str) -> None:
+    with pytest.raises(PlanError, match="would not know their rank"):
+        planned(args=(flag,))
+
+
+def test_pyxis_can_not_contain_engines_alone() -> None:
+    container = ContainerSite(runtime="pyxis", image="/i.sqsh", agent="outside")
+    with pytest.raises(PlanError, match=r"container\.agent: outside"):
+        plan(replace(dgx(), container=container))
+
+
+def test_the_cache_of_the_hub_is_bound_where_the_site_sets_it() -> None:
+    site = replace(
+        dgx(),
+        container=ContainerSite(runtime="apptainer", image="/i.sif"),
+        setup=SetupSite(env={"HF_HOME": "$SCRATCH/hf/"}),
+    )
+    assert "$SCRATCH/hf:$SCRATCH/hf" in binds(plan(site, model=ModelSpec(model="org/llama")), RUN_DIR)
+
+
+def test_an_image_of_a_registry_is_used_from_the_cache() -> None:
+    container = ContainerSite(runtime="apptainer", image="docker://a/b:1")
+    found = words(apptainer_words(plan(replace(dgx(), container=container)), RUN_DIR))
+    assert '"$HOME/.hpcserve/images/a-b-1-' in found
 
 
 def test_no_gpu_flag_without_gpus() -> None:

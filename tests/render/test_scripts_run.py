@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcserve.config.site import Site
+from hpcserve.config.site import SetupSite, Site
+from hpcserve.plan.plan import BatchPlan
 from hpcserve.render.script import render_script
 from hpcserve.rundir.events import read_events
 
@@ -254,7 +255,7 @@ def test_pyxis_puts_every_program_into_the_container(tmp_path: Path) -> None:
         call = done.call(program)
         assert call.name == "srun"
         assert "--container-image=/images/hpcserve.sqsh" in call.argv
-        mounts = f"--container-mounts={tmp_path}/run:{tmp_path}/run,/models/llama:/models/llama:ro"
+        mounts = "--container-mounts=/tmp:/tmp,/models/llama:/models/llama:ro"
         assert mounts in call.argv
     assert {"--overlap", "--nodelist=n1", "--nodes=1", "--ntasks=1", "--gres=none"} <= set(
         done.call("head").argv
@@ -272,19 +273,61 @@ def test_a_container_without_squeue_gets_the_end_of_the_job(tmp_path: Path) -> N
     assert unknown.status == 0
 
 
-def test_apptainer_sees_the_directory_of_pmix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_apptainer_sees_the_directory_of_pmix(tmp_path: Path, program: str) -> None:
     behaviour = {"rendezvous-mpi": "run bash /run/pmix", "rendezvous-tcp": "exit 0"}
     steps = job(tmp_path, SERVES | behaviour, site=contained(dgx(), "apptainer"))
     # The stand-in for apptainer ends with the status that sends the script to TCP.
     (steps.bin / "apptainer").unlink()
-    (steps.bin / "apptainer").write_text(
-        f'#!/bin/bash\necho "$APPTAINER_BIND $*" >>"{steps.stubs}/inside"\nexit 75\n'
+    (steps.bin / program).write_text(
+        f'#!/bin/bash\necho "${{0##*/}} $APPTAINER_BIND $*" >>"{steps.stubs}/inside"\nexit 75\n'
     )
-    (steps.bin / "apptainer").chmod(0o755)
+    (steps.bin / program).chmod(0o755)
     steps.run(SLURM_JOB_END_TIME="1", APPTAINER_BIND="/data")
     inside = steps.lines("inside")
-    assert inside[0].startswith("/data,/run/pmix exec --nv ")
+    assert inside[0].startswith(f"{program} /data exec --bind=/run/pmix --nv ")
     assert inside[0].endswith(f"-m hpcserve.node rendezvous --run-dir {tmp_path}/run --transport mpi")
+    assert "warning: the rendezvous can't use mpi here" in steps.errors
+
+
+def test_without_a_container_runtime_the_job_says_so(tmp_path: Path) -> None:
+    bare = job(tmp_path, SERVES, site=contained(dgx(), "apptainer"))
+    (bare.bin / "apptainer").unlink()
+    bare.run(SLURM_JOB_END_TIME="1")
+    assert bare.status == 3
+    assert "error: there is neither apptainer nor singularity on" in bare.errors
+    assert "hint: load its module" in bare.errors
+    assert "agent" not in bare.programs
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_the_nodes_own_libraries_stay_outside(tmp_path: Path, runtime: str) -> None:
+    site = replace(contained(dgx(), runtime), setup=SetupSite(env={"PYTHONPATH": "/meant"}))
+    inside = job(tmp_path, SERVES, site=site)
+    seen = inside.stubs / "seen"
+    text = inside.script.read_text()
+    report = f'echo "${{PYTHONPATH:-}} ${{PYTHONHOME:-}} ${{VIRTUAL_ENV:-}}" >>{seen}\n'
+    inside.script.write_text(text.replace("\nstage=rendezvous\n", f"\nstage=rendezvous\n{report}"))
+    inside.run(SLURM_JOB_END_TIME="1", PYTHONPATH="/node", PYTHONHOME="/node", VIRTUAL_ENV="/node")
+    assert seen.read_text().split() == ["/meant"]
+
+
+def test_with_the_agent_outside_nothing_of_ours_runs_in_the_container(tmp_path: Path) -> None:
+    site = contained(dgx(), "apptainer")
+    done = job(tmp_path, SERVES, site=replace(site, container=replace(site.container, agent="outside"))).run()
+    assert done.status == 0, done.errors
+    assert {call.name for call in done.calls} <= {"srun", "python"}
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_a_batch_is_looked_at_inside(tmp_path: Path, runtime: str) -> None:
+    made = plan(contained(dgx(), runtime), model=pair(), nodes=2)
+    made = replace(made, batch=BatchPlan(output="/out/b", max_error_rate=0.1))
+    text = render_script(made, tmp_path / "run", python="python")
+    done = Job(tmp_path, text, tmp_path / "run", {}).run(SLURM_JOB_END_TIME="1")
+    [call] = [call for call in done.calls if "hpcserve.batch" in call.argv]
+    assert call.name == ("srun" if runtime == "pyxis" else "apptainer")
+    assert any("/out/b:/out/b" in word for word in call.argv)
 
 
 def test_local_starts_one_agent_per_rank(tmp_path: Path) -> None:

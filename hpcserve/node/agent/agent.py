@@ -126,6 +126,7 @@ class Agent:
                 environ=self._inputs.environ,
                 cpus=cores.get((self._rank, replica.name), ()),
                 scratch=scratch,
+                run_dir=self._inputs.run.path,
                 log=self._inputs.run.logs / f"{replica.name}.{self._facts.node}.log",
                 keeper=self._keeper,
                 find_leader=lambda name: self._leaders.get(name),

@@ -21,6 +21,7 @@ from ..discovery.addresses import in_url
 from ..discovery.facts import RankFacts, Roster
 from ..ports import HeldPorts, PortRange, ephemeral_range, hold
 from ..rank import node_names
+from .engine_container import contained_argv, contained_environment, engines_apart
 from .environment import engine_environment, step_environment
 from .keeper import Keeper
 from .log_pump import LogPump
@@ -53,6 +54,7 @@ class EngineLauncher:
     environ: Mapping[str, str]
     cpus: tuple[int, ...]
     scratch: Path
+    run_dir: Path
     log: Path
     keeper: Keeper
     find_leader: Callable[[str], Leader | None]
@@ -118,7 +120,13 @@ class EngineLauncher:
             key=self.key,
             scratch=str(self.scratch),
         )
-        process, pump = self._spawn(command.argv, environment, on_line)
+        argv = command.argv
+        if engines_apart(self.plan):
+            argv = contained_argv(
+                self.plan, self.run_dir, argv, scratch=str(self.scratch), environ=self.environ
+            )
+            environment = contained_environment(self.plan, environment, command.env)
+        process, pump = self._spawn(argv, environment, on_line)
         return RunningEngine(process, url=url, ports=ports, pump=pump)
 
     def _launch_step(
@@ -222,7 +230,7 @@ class EngineLauncher:
             cpus=self.cpus,
             fabric_env=devices.env,
             kv_over_nvlink=devices.kv_over_nvlink,
-            python=sys.executable,
+            python=self.plan.site.container.python if engines_apart(self.plan) else sys.executable,
             scratch=scratch or str(self.scratch),
             gpu_names=tuple(gpu.visible for gpu in facts.gpus),
         )

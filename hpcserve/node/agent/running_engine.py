@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 
 from ..process import signal_group
+from ..strays import Strays
 from .log_pump import LogPump
 
 _GROUP_END = 5.0
@@ -41,9 +42,12 @@ class RunningEngine:
             self.process.send_signal(signal.SIGTERM)
             await self._wait(deadline)
         last = clock() + _GROUP_END
+        strays = None if self.exited() else Strays(self.pid)
         while signal_group(self.pid, signal.SIGKILL) and clock() < last:
             self.exited()
             await asyncio.sleep(0.02)
+        if strays is not None:
+            strays.kill()
         await self._wait(lambda: last)
         await asyncio.to_thread(self.pump.finish, 2.0)
         return self.process.returncode if self.process.returncode is not None else -signal.SIGKILL

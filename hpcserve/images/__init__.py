@@ -1,0 +1,1 @@
+"""Container images of registries: pulled once, checked, and found again."""
