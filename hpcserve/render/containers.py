@@ -45,7 +45,8 @@ def _own_paths(plan: Plan, run_dir: Path) -> Iterator[tuple[str, str]]:
     yield str(run_dir), ""
     if plan.model.model.startswith("/"):
         yield plan.model.model.rstrip("/"), ":ro"
-    if plan.site.storage.node_local not in ("/tmp", "/tmp/"):
+    # A staged model must lie on the node's own /tmp, not on one of the container.
+    if plan.model.stage or plan.site.storage.node_local not in ("/tmp", "/tmp/"):
         yield plan.site.storage.node_local.rstrip("/"), ""
 
 
