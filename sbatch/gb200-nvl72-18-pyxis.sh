@@ -38,7 +38,7 @@ on_exit() {
   if [ "$(ends)" != "$ends_before" ]; then exit "$status"; fi
   close=(-m hpcserve.node close --run-dir "$HPCSERVE_RUN_DIR" --stage "$stage" --status "$status")
   if [ "$signals" -gt 0 ]; then close+=(--signalled); fi
-  if [ -z "$python" ] || ! srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR --nodelist="$SLURMD_NODENAME" "$python" "${close[@]}"; then
+  if [ -z "$python" ] || ! srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro,/tmp:/tmp" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR --nodelist="$SLURMD_NODENAME" "$python" "${close[@]}"; then
     # Perhaps Python itself is what does not work here.
     printf '{"t": %s, "event": "failed", "message": "%s", "hint": "%s", "exit_code": %s}\n' \
       "$(date +%s)" "the job ended with status $status in its stage '$stage'" \
@@ -74,7 +74,7 @@ rm -rf -- "$HPCSERVE_RUN_DIR"/{ranks/*.json,rendezvous,roster.json,head.json,end
 stage=rendezvous
 kill_wait=30
 logs_pattern=${logs//%/%%} # srun replaces %t and the like in names of files
-step=(srun --nodes=18 --ntasks=18 --ntasks-per-node=1 --cpu-bind=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR)
+step=(srun --nodes=18 --ntasks=18 --ntasks-per-node=1 --cpu-bind=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro,/tmp:/tmp" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR)
 
 # Signals: the first TERM drains, the second forces; each is passed on to `running`.
 running=()
@@ -164,6 +164,29 @@ if [ "$met" -ne 0 ]; then
   exit "$met"
 fi
 
+# Weights to the nodes' own disks, read once from the shared file system. A lost node is told by the others.
+stage=staging
+running=()
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
+  --output="$logs_pattern/staging-%t.log" \
+  "${inside[@]}" "$python" -m hpcserve.node stage --run-dir "$HPCSERVE_RUN_DIR" &
+running+=("$!")
+staged=0
+for pid in "${running[@]}"; do
+  await "$pid"
+  result=$?
+  if [ "$result" -ne 0 ] && [ "$staged" -eq 0 ]; then staged=$result; fi
+done
+running=()
+if [ "$signals" -gt 0 ]; then
+  say "stopped while the model was staged"
+  exit 143
+fi
+if [ "$staged" -ne 0 ]; then
+  say "error: staging the model failed with status $staged; see $logs/staging-*.log"
+  exit "$staged"
+fi
+
 # 2. Agents: one per node, outliving their engines and each other.
 stage=serving
 agents=()
@@ -174,7 +197,7 @@ agents+=("$!")
 
 # 3. Head: controller and router, on this node. Its exit status is the job's.
 pass_as=USR1 # srun answers TERM by killing its tasks, and hands this on
-srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR \
+srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none --container-image=/images/hpcserve.sqsh "--container-mounts=/scratch/alice/hpcserve/deepseek-r1:/scratch/alice/hpcserve/deepseek-r1,/models/DeepSeek-R1:/models/DeepSeek-R1:ro,/tmp:/tmp" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR \
   --nodelist="$SLURMD_NODENAME" --open-mode=append --output="$logs_pattern/head.log" \
   "$python" -m hpcserve.node head --run-dir "$HPCSERVE_RUN_DIR" &
 head=$!

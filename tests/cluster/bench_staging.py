@@ -1,4 +1,4 @@
-"""Staging against sbcast on the test cluster, alternating: `python -m tests.cluster.bench_staging [GIB] [ROUNDS]`.
+"""Staging against sbcast on the test cluster: `python -m tests.cluster.bench_staging [GIB] [ROUNDS]`.
 
 The four nodes are namespaces of one machine, which reads, hashes, sends, receives and writes for all of
 them, with a tmpfs as every node's disk: only the direction of a difference means anything. As root.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> int:
                 for host in cluster.hosts:
                     cluster.as_user("hsuser", ["sh", "-c", "rm -r /tmp/hpcserve-*"], node=host.name)
         finally:
+            shutil.rmtree(cluster.home("hsuser") / "bench-model", ignore_errors=True)
             testbed.down()
     return 0
 
