@@ -41,9 +41,8 @@ class Job:
             assert status == 0, output
         if self.plan.model.stage:
             staging = [self._start("stage", rank) for rank in range(self.plan.nodes)]
-            assert [process.wait(DEADLINE) for process in staging] == [0] * self.plan.nodes, self.log(
-                "stage-0"
-            )
+            for process in staging:
+                assert process.wait(DEADLINE) == 0, self.log("stage-0")
         self.agents = [self._start("agent", rank) for rank in range(self.plan.nodes)]
         self.head = self._start("head", None)
         return self

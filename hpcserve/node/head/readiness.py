@@ -16,12 +16,8 @@ AGENT_WAIT = 120.0
 class Readiness:
     """Waits on the registry; each wait ends with an error that names who is missing and why."""
 
-    def __init__(
-        self, plan: Plan, registry: Registry, changed: Callable[[], asyncio.Event], *, spent: float = 0.0
-    ) -> None:
-        """`spent`: seconds of ready_timeout that staging took."""
+    def __init__(self, plan: Plan, registry: Registry, changed: Callable[[], asyncio.Event]) -> None:
         self._plan = plan
-        self._spent = spent
         self._registry = registry
         self._changed = changed
 
@@ -35,21 +31,22 @@ class Readiness:
             hint="logs/agent-RANK.log says how far they got; a firewall between nodes looks like this, too",
         )
 
-    async def engines(self) -> None:
-        """Until all engines answer. Raises EngineError for one that is given up or not ready in time."""
-        if await self._until(self._settled, self._plan.ready_timeout - self._spent):
+    async def engines(self, spent: float) -> None:
+        """Until all engines answer. Raises EngineError for one that is given up or not ready in time.
+
+        `spent`: seconds of ready_timeout that went into staging the model.
+        """
+        if await self._until(self._settled, self._plan.ready_timeout - spent):
             return
         late = [replica for replica in self._registry.replicas.values() if not self._is_ready(replica)]
+        staging = f", {spent:.0f} s of which went into staging the model" if spent >= 1 else ""
         told = "; ".join(f"{replica.name}: {self._doing(replica)}" for replica in late[:4])
         raise EngineError(
             f"{len(late)} of {len(self._registry.replicas)} replicas were not ready"
-            f" after {self._plan.ready_timeout} s{self._staging()}: {told}",
+            f" after {self._plan.ready_timeout} s{staging}: {told}",
             hint="raise `ready_timeout` in model.yaml if they were still loading;"
             " their logs are logs/REPLICA.NODE.log",
         )
-
-    def _staging(self) -> str:
-        return f", of which {self._spent:.0f} s went into staging the model" if self._spent >= 1 else ""
 
     def _settled(self) -> bool:
         """All ready, apart from those on lost nodes. Raises what makes waiting longer pointless."""

@@ -81,6 +81,7 @@ class Coordinator:
         self._began = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._total = 0
+        self._waits_for: str | None = None
         self._moved = (0, time.monotonic())
         """The sum of all counts, and when it last changed."""
         self._last = (0, time.monotonic())
@@ -167,6 +168,7 @@ class Coordinator:
             offers = await self._replies(peers)
             claims = {peer.node: str(offer["claim"]) for peer, offer in zip(peers, offers, strict=True)}
             if not {"staging", "in use"} & set(claims.values()):
+                self._waits_for = None
                 return offers
             in_use = in_use + 1 if "in use" in claims.values() else 0
             if in_use > _IN_USE:
@@ -181,7 +183,8 @@ class Coordinator:
             busy = {node for node, claim in claims.items() if claim == "staging"}
             if busy - waiting:
                 waiting |= busy
-                say(f"staging: another job of yours stages this model on {', '.join(sorted(busy))}; waiting")
+                self._waits_for = f"another job of yours stages it on {', '.join(sorted(busy))}"
+                say(f"staging: {self._waits_for}; waiting")
             await self._pause(random.uniform(1.0, 4.0))
             self._check_peers()
 
@@ -214,6 +217,8 @@ class Coordinator:
             self._last = (least, now)
 
     def _progress(self, peers: Iterable[Peer]) -> str:
+        if self._waits_for is not None:
+            return self._waits_for
         slowest = min(peers, key=lambda peer: peer.counts[0], default=None)
         if slowest is None:
             return "nothing was begun"

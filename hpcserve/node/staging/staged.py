@@ -11,6 +11,7 @@ import msgspec
 from ...errors import JobError, StorageError
 from ...rundir.atomic import read_json
 from ...rundir.layout import RunDir
+from ..inputs import Inputs
 
 STAGED_WAIT = 90.0
 """Seconds for staged.json to be visible on a node; NFS clients may be a minute late."""
@@ -35,6 +36,13 @@ def read_staged(run: RunDir, attempt: str) -> Staged | None:
             f"{run.staged} is not what staging writes: {error}", hint="start the run again"
         ) from error
     return staged if staged.attempt == attempt else None
+
+
+async def staging_seconds(inputs: Inputs) -> float:
+    """What staging took of ready_timeout; 0 for a model that is not staged."""
+    if not inputs.plan.model.stage:
+        return 0.0
+    return (await wait_for_staged(inputs.run, inputs.attempt)).seconds
 
 
 async def wait_for_staged(run: RunDir, attempt: str, seconds: float = STAGED_WAIT) -> Staged:
