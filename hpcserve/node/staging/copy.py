@@ -11,6 +11,7 @@ import msgspec
 
 from ...errors import JobError, StorageError
 from ...rundir.atomic import read_json, write_json
+from ..console import warn
 from .source import Listing
 from .store import Lock, Store, files_below, own_file, remove
 from .trouble import NotStaged
@@ -211,6 +212,8 @@ class Lease:
                 remove(self._directory)
             else:
                 self._lock.touch()
+        except OSError as error:
+            warn(f"the copy of the model in {self._directory} stays: {error.strerror or error}")
         finally:
             self._lock.close()
 

@@ -26,7 +26,7 @@ from .copy import Copy
 from .links import LANES, Place, read_exactly
 from .schedule import CHUNK, Chunk
 from .source import open_source, read_at
-from .trouble import LostNeighbour, NotStaged
+from .trouble import DiskFull, LostNeighbour, NotStaged
 
 _HEAD = struct.Struct("!II16s")
 """Number of the chunk in the schedule, its length, its XXH3-128."""
@@ -80,10 +80,7 @@ class Relay:
         """Until every file is whole and everything is passed on. Raises what went wrong first."""
         _allow_many_files()
         try:
-            try:
-                self._begin()
-            except OSError as error:
-                raise _local_trouble(error, self._copy) from error
+            self._begin()
             threads = [threading.Thread(target=self._guard, args=(self._finish,))]
             threads += [threading.Thread(target=self._guard, args=(self._reader,)) for _ in range(LANES)]
             for link in self._before:
@@ -94,8 +91,12 @@ class Relay:
                 thread.start()
             for thread in threads:
                 thread.join()
+        except OSError as error:
+            self.stop(_local_trouble(error, self._copy))
         finally:
             self._close()
+        if isinstance(self._error, DiskFull):
+            self._copy.discard()
         if self._error is not None:
             raise self._error
 
@@ -282,16 +283,12 @@ def _send_file(link: socket.socket, descriptor: int, chunk: Chunk) -> None:
 
 
 def _local_trouble(error: OSError, copy: Copy) -> NotStaged:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full:
-        # Half a model must not keep others' jobs from writing; else it is what the next job goes on with.
-        copy.discard()
-    return NotStaged(
-        f"can't write to {copy.directory}: {error.strerror or error}",
-        hint="free space there, or point `storage.node_local` of the site at another directory"
-        if full
-        else "look at that directory on this node; `storage.node_local` of the site chooses another",
-    )
+    told = f"can't write to {copy.directory}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free space there, or point `storage.node_local` of the site at another directory"
+        return DiskFull(told, hint=hint)
+    hint = "look at that directory on this node; `storage.node_local` of the site chooses another"
+    return NotStaged(told, hint=hint)
 
 
 def _allow_many_files() -> None:

@@ -24,6 +24,9 @@ from .trouble import NotStaged
 
 RECENT = 600.0
 """Seconds in which a copy is not removed for another: the engines of the job that staged it are to come."""
+IN_MEMORY = ("tmpfs", "ramfs")
+SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "wekafs", "panfs", "cifs", "smb3")
+"""Types of file systems on which all nodes would write one copy."""
 _ON_DISK = "set `storage.node_local` of the site to a directory of yours on each node's own disk"
 
 
@@ -50,16 +53,15 @@ class Store:
         status = os.stat(self.root)
         return f"{status.st_dev}:{status.st_ino}"
 
-    def in_memory(self) -> str | None:
-        """`tmpfs` or `ramfs` when files here take memory."""
+    def file_system(self) -> str:
+        """Its type, as mount(8) shows it; "" where /proc does not say."""
         device = os.stat(self.root).st_dev
         wanted = f"{os.major(device)}:{os.minor(device)}"
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             fields, _, rest = line.partition(" - ")
             if fields.split()[2] == wanted:
-                kind = rest.split()[0]
-                return kind if kind in ("tmpfs", "ramfs") else None
-        return None
+                return rest.split()[0]
+        return ""
 
     def free(self) -> int:
         """Bytes this user may still write, as far as the file system says."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import HpcserveError, JobError
+from ...errors import HpcserveError, JobError, StorageError
 from ...rundir.atomic import read_json
 from .. import frames
 from ..console import say
@@ -28,7 +28,7 @@ from .links import Place, open_ring
 from .relay import Relay
 from .schedule import schedule
 from .source import Listing
-from .store import Store, memory_for_files
+from .store import IN_MEMORY, SHARED, Store, memory_for_files
 from .trouble import LostNeighbour, NotStaged
 
 BEAT = 1.0
@@ -117,7 +117,7 @@ class Worker:
                 if hmac.compare_digest(answer, frames.mac(key, "staging", nonces, self._rank)):
                     return reader, writer
                 writer.close()
-            except _Failed:
+            except (*_Failed, StorageError):
                 pass  # not there yet, or not ours
             if time.monotonic() > deadline:
                 raise JobError(
@@ -180,6 +180,15 @@ class Worker:
         """What this node has of the model, and whether there is room for the rest."""
         assert self._store is not None and self._listing is not None, "asked before it joined"
         listing = self._listing
+        for file in listing.files:
+            if file.name.startswith("/") or ".." in file.name.split("/"):
+                raise JobError(f"the head node sent a name that leads out of the copy: {file.name}")
+        kind = self._store.file_system()
+        if kind in SHARED:
+            raise NotStaged(
+                f"{self._store.root} is on a shared file system ({kind})",
+                hint="set `storage.node_local` of the site to a directory on each node's own disk",
+            )
         self._release()
         self._copy = copy = Copy(self._store, listing)
         claim = copy.claim()
@@ -193,12 +202,12 @@ class Worker:
         return {"claim": claim, "held": sorted(self._held), "path": str(copy.path)}
 
     def _check_room(self, store: Store, listing: Listing, missing: int) -> None:
-        memory = store.in_memory()
-        if memory is not None:
+        kind = store.file_system()
+        if kind in IN_MEMORY:
             most = memory_for_files(self._inputs.environ)
             if missing > most:
                 raise NotStaged(
-                    f"{store.root} is in memory ({memory}), and the model's {_gib(missing)} are more than"
+                    f"{store.root} is in memory ({kind}), and the model's {_gib(missing)} are more than"
                     f" half of what is free ({_gib(2 * most)})",
                     hint="set `storage.node_local` of the site to a directory on each node's own disk",
                 )

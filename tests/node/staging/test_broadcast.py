@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from hpcserve.errors import JobError, StorageError
 from hpcserve.node.staging import coordinator, relay, schedule
 from hpcserve.node.staging.copy import Copy
-from hpcserve.node.staging.source import list_model
+from hpcserve.node.staging.source import Listing, SourceFile, list_model
 from hpcserve.node.staging.trouble import NotStaged
 from hpcserve.node.staging.worker import Worker
 from tests.node.runs import events
@@ -122,11 +123,28 @@ async def test_no_room_is_known_before_a_byte_is_read(nodes: Nodes, monkeypatch:
 async def test_a_model_that_memory_can_not_hold_is_not_staged_to_memory(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpcserve.node.staging.store.Store.in_memory", lambda self: "tmpfs")
+    monkeypatch.setattr("hpcserve.node.staging.store.Store.file_system", lambda self: "tmpfs")
     monkeypatch.setattr("hpcserve.node.staging.worker.memory_for_files", lambda environ: 1 << 20)
     with pytest.raises(NotStaged, match=r"is in memory \(tmpfs\)") as caught:
         await nodes.stage()
     assert "disk" in str(caught.value.hint)
+
+
+async def test_a_shared_directory_is_no_nodes_own(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcserve.node.staging.store.Store.file_system", lambda self: "nfs4")
+    with pytest.raises(NotStaged, match=r"is on a shared file system \(nfs4\)"):
+        await nodes.stage()
+
+
+async def test_a_name_that_leads_elsewhere_is_not_written(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(path: str) -> Listing:
+        return replace(list_model(path), files=(SourceFile(name="../../x", size=1, mtime_ns=0),))
+
+    monkeypatch.setattr(coordinator, "list_model", listed)
+    with pytest.raises(JobError, match="leads out of the copy"):
+        await nodes.stage()
 
 
 async def test_bytes_that_change_on_the_way_are_noticed(

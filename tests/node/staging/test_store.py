@@ -114,9 +114,9 @@ def test_a_tmpfs_is_memory(tmp_path: Path) -> None:
         pytest.skip("no tmpfs at /dev/shm here")
     store = Store.__new__(Store)
     store.root = Path("/dev/shm")
-    assert store.in_memory() == "tmpfs"
+    assert store.file_system() == "tmpfs"
     store.root = Path("/proc")
-    assert store.in_memory() is None
+    assert store.file_system() == "proc"
 
 
 def test_a_whole_copy_is_found_again(store: Store, listing: Listing) -> None:
