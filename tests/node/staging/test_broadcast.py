@@ -89,7 +89,7 @@ async def test_what_a_killed_job_left_is_gone_on_with(nodes: Nodes, monkeypatch:
             await nodes.stage()
     assert [nodes.copies(rank) for rank in range(3)] == [[], [], []]
     _, run = await nodes.stage()
-    # Each node had model-1 whole, and nobody read it again.
+    # At least one node had model-1 whole, and nobody read it again.
     assert staged(run)["read"] <= staged(run)["bytes"] - 5_000_003
     for rank in range(3):
         nodes.same(rank, files_of(nodes.model))
@@ -242,7 +242,7 @@ class Idle(OwnDisk):
 
 
 async def test_it_is_over_when_ready_timeout_is(nodes: Nodes) -> None:
-    with pytest.raises(JobError, match=r"not staged within ready_timeout \(1 s\): rank 0 \(n0\) has 0\.0 of"):
+    with pytest.raises(JobError, match=r"not staged within ready_timeout \(1 s\)"):
         await nodes.stage(Idle, ready_timeout=1)
 
 
