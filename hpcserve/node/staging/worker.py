@@ -125,7 +125,7 @@ class Worker:
                     hint="logs/staging-0.log says how far that is; a firewall between nodes looks like this",
                 )
             with suppress(OSError):
-                os.listdir(self._inputs.run.path)  # makes an NFS client notice new files
+                os.listdir(coordinator_file(self._inputs).parent)  # makes an NFS client notice new files
             await asyncio.sleep(0.1)
 
     def _say(self, writer: asyncio.StreamWriter, kind: str, **fields: Any) -> None:
@@ -253,6 +253,9 @@ class Worker:
             before, after = open_ring(listening, next_one, key, name, Place(here, size), self._over)
         place = Place(here, size)
         self._relay = Relay(copy, self._held, schedule(copy.listing.files, held), place, before, after)
+        # `run` sets the one and then looks for the other, so one of the two sees it.
+        if self._over.is_set():
+            raise NotStaged("staging was ended")
         self._relay.run()
         if not copy.whole:
             copy.commit()
