@@ -149,7 +149,7 @@ def _last_error(run: Run, log: Sequence[Event]) -> Said | None:
     by_script = last_error(logs / "job.log")
     if by_script is None or any(event["event"] == "ready" for event in log):
         return by_script
-    programs = ["head", "agent"] if run.directory.roster.exists() else ["rendezvous"]
+    programs = ["staging", "head", "agent"] if run.directory.roster.exists() else ["rendezvous"]
     files = [file.path for program in programs for file in log_files(logs, Wanted(role=program))]
     return next((said for path in files if (said := last_error(path)) is not None), by_script)
 

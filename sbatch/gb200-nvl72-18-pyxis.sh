@@ -169,6 +169,29 @@ if [ "$met" -ne 0 ]; then
   exit "$met"
 fi
 
+# Weights to the nodes' own disks, read once from the shared file system. A lost node is told by the others.
+stage=staging
+running=()
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
+  --output="$logs_pattern/staging-%t.log" \
+  "${inside[@]}" "$python" -m hpcserve.node stage --run-dir "$HPCSERVE_RUN_DIR" &
+running+=("$!")
+staged=0
+for pid in "${running[@]}"; do
+  await "$pid"
+  result=$?
+  if [ "$result" -ne 0 ] && [ "$staged" -eq 0 ]; then staged=$result; fi
+done
+running=()
+if [ "$signals" -gt 0 ]; then
+  say "stopped while the model was staged"
+  exit 143
+fi
+if [ "$staged" -ne 0 ]; then
+  say "error: staging the model failed with status $staged; see $logs/staging-*.log"
+  exit "$staged"
+fi
+
 # 2. Agents: one per node, outliving their engines and each other.
 stage=serving
 agents=()

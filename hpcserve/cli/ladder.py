@@ -34,6 +34,8 @@ class Progress:
     """How many the job has."""
     replicas: Mapping[str, Replica]
     disaggregated: bool
+    stages: bool = False
+    """The model is copied to the nodes first."""
     job: JobState | None = None
     started: float | None = None
     """When the job script began."""
@@ -41,6 +43,8 @@ class Progress:
     """Rank -> node."""
     last_joined: float | None = None
     roster: Mapping[str, Any] | None = None
+    staging: Mapping[str, Any] | None = None
+    staged: Mapping[str, Any] | None = None
     kv: tuple[Mapping[str, Any], ...] = ()
     first_token: Mapping[str, Any] | None = None
     ready: Mapping[str, Any] | None = None
@@ -71,6 +75,7 @@ def begin(plan: Plan, submitted: float) -> Progress:
         ranks=plan.nodes,
         replicas={replica.name: Replica() for replica in plan.replicas},
         disaggregated=plan.disaggregated,
+        stages=bool(plan.model.stage),
     )
 
 
@@ -98,6 +103,10 @@ def _step(progress: Progress, event: Mapping[str, Any]) -> Progress:
             return replace(progress, joined=joined, last_joined=when)
         case "rendezvous":
             return replace(progress, roster=event)
+        case "staging":
+            return replace(progress, staging=event)
+        case "staged":
+            return replace(progress, staged=event)
         case "warning":
             warning = (str(event["message"]), event.get("hint"))
             return replace(progress, warnings=(*progress.warnings, warning))
@@ -134,6 +143,7 @@ def _attempt(progress: Progress, when: float) -> Progress:
         ranks=progress.ranks,
         replicas=dict.fromkeys(progress.replicas, Replica()),
         disaggregated=progress.disaggregated,
+        stages=progress.stages,
         job=progress.job,
         started=when,
         warnings=progress.warnings,
@@ -156,6 +166,7 @@ def rungs(progress: Progress, now: float) -> tuple[Rung, ...]:
         _queued(progress, now),
         _allocated(progress),
         _joined(progress),
+        *([_staged(progress)] if progress.stages else []),
         _loading(progress),
         *([_kv(progress)] if progress.disaggregated else []),
         _first_token(progress),
@@ -218,6 +229,23 @@ def _missing(progress: Progress) -> str:
     certain = len(nodes) == progress.ranks and len(silent) == len(absent)
     named = silent if certain else [f"rank {rank}" for rank in absent]
     return f", missing {', '.join(named[:6])}{' …' if len(named) > 6 else ''}"
+
+
+def _staged(progress: Progress) -> Rung:
+    over, seen = progress.staged, progress.staging
+    if over is not None:
+        when = float(over["t"])
+        if over.get("path") is None:
+            return Rung(
+                name="model staged", state="done", text="no: engines load from the shared path", at=when
+            )
+        text = f"{size(over['bytes'])} on {over['nodes']} nodes"
+        text += f", {over['reused']} of them had it" if over.get("reused") else ""
+        return Rung(name="model staged", state="done", text=f"{text}, {duration(over['seconds'])}", at=when)
+    if seen is None:
+        return Rung(name="model staged", state="now", text="staging")
+    text = f"staging {size(seen['bytes'])} of {size(seen['total'])}, {size(seen['rate'])}/s"
+    return Rung(name="model staged", state="now", text=text)
 
 
 def _loading(progress: Progress) -> Rung:

@@ -137,6 +137,11 @@ class ModelSpec:
         minimum=5,
         kind="duration",
     )
+    stage: bool | None = key(
+        "Copy a model that is a path to `storage.node_local` of each node first: it is read once from the"
+        " shared file system and passed on from node to node. Default: `storage.stage` of the site.",
+        None,
+    )
     group: str | None = key(
         "Unix group that may read the run directory and the key. Default: nobody but you.", None
     )

@@ -145,6 +145,8 @@ class StorageSite(Provenance):
         "~/.hpcserve/runs",
     )
     node_local: str = key("Fast private directory on a node. $VARS are expanded there.", "/tmp")
+    stage: bool = key("Stage models to `node_local`, unless model.yaml says otherwise with `stage`.", False)
+    keep_staged: bool = key("Leave staged models on the nodes at a job's end, for the next one.", True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,7 @@ def make_plan(request: PlanRequest) -> Plan:
     if len(roles) == 2:
         check_kv_path(site, model.engine, nodes)
     placed, pool_nodes = _place(request, site, roles, nodes, slots, device, notes)
+    stage = _stage(request, notes)
     used = _slots_asked(site, device, slots, placed)
     sized = {role: _filled(roles[role], pool_nodes[role], placed, role) for role in roles}
     return Plan(
@@ -55,6 +56,7 @@ def make_plan(request: PlanRequest) -> Plan:
             nodes=nodes,
             walltime=walltime,
             ready_timeout=ready_timeout,
+            stage=stage,
             **sized,  # type: ignore[arg-type]
         ),
         site=site,
@@ -160,6 +162,26 @@ def _ready_timeout(request: PlanRequest, walltime: int, notes: Notes) -> int:
         wait, reason = most, "90% of the walltime"
     notes.derived("ready_timeout", wait, reason)
     return wait
+
+
+def _stage(request: PlanRequest, notes: Notes) -> bool:
+    """Is the model copied to the nodes' own disks? Only one that is a path can be."""
+    asked, wished, path = request.model.stage, request.site.storage.stage, request.model.model
+    absolute = path.startswith("/")
+    if asked and not absolute:
+        raise PlanError(
+            f"stage is true, but model is {path}: only a model that is an absolute path can be staged",
+            hint="download it to a directory that all nodes can read, and name that as `model`;"
+            " or leave `stage` out",
+        )
+    if asked is not None:
+        notes.model("stage", str(asked).lower())
+        return asked
+    if wished and not absolute:
+        notes.derived("stage", "false", "`model` is not an absolute path")
+    elif wished:
+        notes.site("stage", "true", "storage.stage")
+    return wished and absolute
 
 
 def _place(

@@ -14,7 +14,8 @@ from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|NODES|SCRATCH|PYTHON|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|SCRATCH|PYTHON"
+    r"|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
 _END = "END_OF_FILE"
@@ -49,7 +50,7 @@ def _context(plan: Plan, replica: ReplicaPlan, place: int, engine: Engine, pytho
         address="$ADDRESS",
         head_address="$ADDRESS" if place == 0 else "$HEAD_ADDRESS",
         ports={name: f"${name.upper()}_PORT" for name in engine.ports(replica)},
-        model_path=plan.model.model,
+        model_path="$MODEL" if plan.model.stage else plan.model.model,
         python=python,
         scratch="$SCRATCH",
     )
@@ -70,6 +71,11 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   ADDRESS       this node's address that the other nodes reach",
         "#   …_PORT        ports bound on this node",
         "#   SCRATCH       private directory on this node",
+        *(
+            ["#   MODEL         the staged copy of the model on each node, from staged.json"]
+            if plan.model.stage
+            else []
+        ),
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
         *(["#   NODES         Slurm's names of the replica's nodes", _STEP_NOTE] if stepped else []),
         f"#   {engine.key_variable}  the job key, from secrets/job-key",

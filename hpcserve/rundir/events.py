@@ -5,6 +5,11 @@ One line is one event: {"t": unix seconds, "event": name, …}. Names and their 
     job-started     node, slurm_job_id, end_time           the head node's script runs
     rank-joined     rank, node                             seen in ranks/
     rendezvous      transport, ranks, seconds              the roster is complete
+    staging         bytes, total, rate                     of the node that has least; rate in bytes/s
+    staged          path, bytes, seconds, read, nodes, reused
+                                                           path null: engines load from the shared one;
+                                                           read: bytes from the shared file system, all nodes;
+                                                           reused: nodes that had it
     warning         message, hint                          something is degraded, and what to do
     engine-starting replica, node
     engine-loading  replica, progress                      from the engine's own log

@@ -55,6 +55,22 @@ WAY_TO_READY: tuple[Mapping[str, Any], ...] = (
 )
 
 
+def test_a_model_that_is_staged_has_a_rung_of_its_own() -> None:
+    gib = 1 << 30
+    progress = fold(replace(launched(), stages=True), WAY_TO_READY[:6])
+    assert current(progress).name == "model staged"
+    progress = fold(progress, [at(70, "staging", bytes=132 * gib, total=640 * gib, rate=8.1 * gib)])
+    assert current(progress).text == "staging 132.0 GiB of 640.0 GiB, 8.1 GiB/s"
+    done = fold(
+        progress, [at(140, "staged", path="/nvme/x", bytes=640 * gib, seconds=80.0, nodes=4, reused=1)]
+    )
+    assert seen(done)["model staged"].text == "640.0 GiB on 4 nodes, 1 of them had it, 1:20"
+    assert current(done).name == "engines loading"
+    shared = fold(progress, [at(140, "staged", path=None)])
+    assert seen(shared)["model staged"].text == "no: engines load from the shared path"
+    assert "model staged" not in seen(fold(launched(), WAY_TO_READY))
+
+
 def test_before_the_scheduler_has_answered_it_says_so() -> None:
     assert current(launched()).text == "asking the scheduler"
 

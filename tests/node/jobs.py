@@ -39,6 +39,10 @@ class Job:
         for process in meeting:
             status, output = finish(process)
             assert status == 0, output
+        if self.plan.model.stage:
+            staging = [self._start("stage", rank) for rank in range(self.plan.nodes)]
+            for process in staging:
+                assert process.wait(DEADLINE) == 0, self.log("stage-0")
         self.agents = [self._start("agent", rank) for rank in range(self.plan.nodes)]
         self.head = self._start("head", None)
         return self

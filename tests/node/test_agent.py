@@ -38,7 +38,7 @@ def idle_agent(tmp_path: Path, keeper: Keeper) -> tuple[Agent, Inputs]:
     inputs = load_inputs(make_run(tmp_path / "run", plan).path, environment(1))
     ranks = registry(2, replica("aggregated-0", 0)).ranks
     roster = Roster(transport="tcp", attempt=inputs.attempt, seconds=0.0, ranks=ranks)
-    return Agent(inputs, roster, 1, keeper), inputs
+    return Agent(inputs, roster, 1, keeper, model_path="m"), inputs
 
 
 async def test_the_shared_file_system_is_asked_only_until_the_controller_answers(

@@ -55,6 +55,22 @@ def test_what_a_rank_said_before_it_left_is_the_reason(run: RunDir) -> None:
     assert (failed["message"], failed["exit_code"]) == ("rank 2 (n3): rank 2 said", 3)
 
 
+def test_why_staging_failed_is_in_its_log(run: RunDir) -> None:
+    (run.logs / "staging-0.log").write_text("error: lost rank 2 (n3)\n\nhint: launch again\n")
+    [failed] = close(run, "staging", 6)
+    assert (failed["message"], failed["hint"], failed["exit_code"]) == ("lost rank 2 (n3)", "launch again", 6)
+
+
+def test_staging_that_was_killed_is_told_as_that(run: RunDir) -> None:
+    [failed] = close(run, "staging", 137)
+    assert failed["message"] == "staging the model was ended by SIGKILL without a word"
+
+
+def test_a_job_told_to_end_while_it_stages_is_stopped(run: RunDir) -> None:
+    [stopped] = close(run, "staging", 143, "--signalled")
+    assert stopped["reason"] == "signal SIGTERM while the model was staged"
+
+
 def test_a_job_told_to_end_during_the_rendezvous_is_stopped(run: RunDir) -> None:
     [stopped] = close(run, "rendezvous", 143, "--signalled")
     assert stopped["reason"] == "signal SIGTERM before the rendezvous was over"

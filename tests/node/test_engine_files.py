@@ -47,6 +47,7 @@ def test_files_of_a_command_are_there_when_it_starts(tmp_path: Path) -> None:
         replica=only,
         roster=Roster(transport="tcp", attempt="a", seconds=0.0, ranks=(facts,)),
         rank=0,
+        model_path="m",
         engine=Reading(),
         key="k",
         environ={},

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hpcserve.config.model import ModelSpec, RoleSpec, WorkloadSpec
-from hpcserve.config.site import NodeSite
+from hpcserve.config.site import NodeSite, StorageSite
 from hpcserve.plan.plan import Explanation, Plan
 from hpcserve.plan.ratio import prefill_share, split_nodes, split_slots
 
@@ -257,3 +257,14 @@ def test_slingshot_without_a_wish_is_aggregated() -> None:
 def test_engines_per_node_are_a_limit_not_an_order() -> None:
     here = replace(site(gpus=0), node=NodeSite(gpus=0, cpu_engines=64))
     assert len(plan(at=here, nodes=2).replicas) == 2
+
+
+def test_a_site_stages_models_that_are_paths_unless_model_yaml_says_no() -> None:
+    here = replace(site(), storage=StorageSite(stage=True))
+    assert plan(at=here).model.stage is True
+    assert note(plan(at=here), "stage").origin == "site"
+    assert plan(model(stage=False), here).model.stage is False
+    hub = plan(model(model="org/name"), here)
+    assert hub.model.stage is False
+    assert note(hub, "stage").where == "`model` is not an absolute path"
+    assert plan().model.stage is False

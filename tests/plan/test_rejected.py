@@ -32,6 +32,12 @@ CASES = [
         "use `--nodes 7`, or --decode 5",
     ),
     Case(
+        "a Hub id can't be staged",
+        model(model="meta-llama/Llama-3.3-70B-Instruct", stage=True), site(), {},
+        "stage is true, but model is meta-llama/Llama-3.3-70B-Instruct: only a model that is an absolute path can be staged",
+        "download it to a directory that all nodes can read, and name that as `model`; or leave `stage` out",
+    ),
+    Case(
         "prefill and decode nodes exceed --nodes",
         model(), site(), {"nodes": 4, "prefill": 3, "decode": 4},
         "--prefill 3 + --decode 4 is 7 nodes, but the job has 4",

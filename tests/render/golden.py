@@ -33,6 +33,7 @@ def plans() -> dict[str, Plan]:
                 model="/models/DeepSeek-R1",
                 prefill=replace(wide, nodes=6),
                 decode=replace(wide, data_parallel=1, expert_parallel=True, nodes=12),
+                stage=True,
             ),
             nodes=18,
         ),

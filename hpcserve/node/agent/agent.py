@@ -27,6 +27,8 @@ from ..discovery.facts import RankFacts, Roster, wait_for_roster
 from ..head.ending import KILL_MARGIN, Echoes
 from ..inputs import Inputs
 from ..rank import rank_of
+from ..staging.copy import Lease
+from ..staging.staged import wait_for_staged
 from .cores import share_cores
 from .engine_launch import EngineLauncher, Leader
 from .keeper import Keeper
@@ -62,16 +64,21 @@ def run_agent(inputs: Inputs) -> int:
 
 async def _main(inputs: Inputs, rank: int, keeper: Keeper) -> None:
     roster = await wait_for_roster(inputs.run, inputs.attempt)
-    agent = Agent(inputs, roster, rank, keeper)
+    staged = (await wait_for_staged(inputs.run, inputs.attempt)).path if inputs.plan.model.stage else None
+    lease = Lease(staged) if staged is not None else None
+    agent = Agent(inputs, roster, rank, keeper, model_path=staged or inputs.plan.model.model)
     try:
         await agent.run()
     finally:
         await agent.close()
+        if lease is not None:
+            lease.end(keep=inputs.plan.site.storage.keep_staged)
 
 
 class Agent:
-    def __init__(self, inputs: Inputs, roster: Roster, rank: int, keeper: Keeper) -> None:
+    def __init__(self, inputs: Inputs, roster: Roster, rank: int, keeper: Keeper, *, model_path: str) -> None:
         self._inputs = inputs
+        self._model_path = model_path
         self._roster = roster
         self._rank = rank
         self._keeper = keeper
@@ -121,6 +128,7 @@ class Agent:
                 replica=replica,
                 roster=self._roster,
                 rank=self._rank,
+                model_path=self._model_path,
                 engine=engine,
                 key=self._inputs.job_key,
                 environ=self._inputs.environ,

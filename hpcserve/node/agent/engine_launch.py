@@ -49,6 +49,8 @@ class EngineLauncher:
     replica: ReplicaPlan
     roster: Roster
     rank: int
+    model_path: str
+    """The same on all nodes: `model`, or its staged copy."""
     engine: Engine
     key: str
     environ: Mapping[str, str]
@@ -226,7 +228,7 @@ class EngineLauncher:
             address=facts.address,
             head_address=self.roster.ranks[self.replica.nodes[0]].address,
             ports={name: str(port) for name, port in ports.items()},
-            model_path=self.plan.model.model,
+            model_path=self.model_path,
             cpus=self.cpus,
             fabric_env=devices.env,
             kv_over_nvlink=devices.kv_over_nvlink,

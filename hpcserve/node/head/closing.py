@@ -17,7 +17,7 @@ from ..inputs import Inputs
 from ..journal import LAST, note_job_started, open_journal, this_attempt
 from ..rank import node_names
 
-Stage = Literal["stop-file", "batch-check", "rendezvous", "serving"]
+Stage = Literal["stop-file", "batch-check", "rendezvous", "staging", "serving"]
 _TRY_AGAIN = 75
 """Exit status of a rank whose transport can't be used here."""
 _TOLD = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
@@ -36,6 +36,8 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
             journal.write("stopped", reason="there was nothing to do for the batch; logs/job.log says why")
         elif signalled and stage == "rendezvous":
             journal.write("stopped", reason="signal SIGTERM before the rendezvous was over")
+        elif signalled and stage == "staging":
+            journal.write("stopped", reason="signal SIGTERM while the model was staged")
         elif signalled and status in _TOLD:
             journal.write("stopped", reason="signal SIGTERM before the head process was up")
         else:
@@ -47,6 +49,15 @@ def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
     if stage == "batch-check":
         told = last_error(inputs.run.logs / "job.log")
         error = JobError("the batch can't go on", hint="logs/job.log says why, at its end")
+        if told is not None:
+            error = JobError(told.message, hint=told.hint or error.hint)
+        return error, status or JobError.exit_code
+    if stage == "staging":
+        told = last_error(inputs.run.logs / "staging-0.log")
+        error = JobError(
+            f"staging the model {_ended(status)} without a word",
+            hint="logs/staging-RANK.log and logs/job.log have the last lines",
+        )
         if told is not None:
             error = JobError(told.message, hint=told.hint or error.hint)
         return error, status or JobError.exit_code

@@ -23,6 +23,7 @@ from ..discovery.facts import Roster, wait_for_roster
 from ..inputs import Inputs, read_secret
 from ..journal import Journal, note_job_started, open_journal, walltime_end
 from ..ports import PortRange, ephemeral_range, listen
+from ..staging.staged import staging_seconds
 from .batch_api_process import BatchApiProcess
 from .batch_process import BatchProcess
 from .controller import Controller, Desk
@@ -233,7 +234,7 @@ class Head:
         readiness = Readiness(self._plan, self._registry, self._next_change)
         await readiness.agents()
         self._board.mark("agents")
-        await readiness.engines()
+        await readiness.engines(await staging_seconds(self._inputs))
         self._board.mark("engines")
         await self._prove_first()
         self._board.mark("kv-path" if self._plan.disaggregated else "proven")

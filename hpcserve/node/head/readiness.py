@@ -31,15 +31,19 @@ class Readiness:
             hint="logs/agent-RANK.log says how far they got; a firewall between nodes looks like this, too",
         )
 
-    async def engines(self) -> None:
-        """Until all engines answer. Raises EngineError for one that is given up or not ready in time."""
-        if await self._until(self._settled, self._plan.ready_timeout):
+    async def engines(self, spent: float) -> None:
+        """Until all engines answer. Raises EngineError for one that is given up or not ready in time.
+
+        `spent`: seconds of ready_timeout that went into staging the model.
+        """
+        if await self._until(self._settled, self._plan.ready_timeout - spent):
             return
         late = [replica for replica in self._registry.replicas.values() if not self._is_ready(replica)]
+        staging = f", {spent:.0f} s of which went into staging the model" if spent >= 1 else ""
         told = "; ".join(f"{replica.name}: {self._doing(replica)}" for replica in late[:4])
         raise EngineError(
             f"{len(late)} of {len(self._registry.replicas)} replicas were not ready"
-            f" after {self._plan.ready_timeout} s: {told}",
+            f" after {self._plan.ready_timeout} s{staging}: {told}",
             hint="raise `ready_timeout` in model.yaml if they were still loading;"
             " their logs are logs/REPLICA.NODE.log",
         )
