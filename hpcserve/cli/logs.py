@@ -16,7 +16,7 @@ from ..rundir.runs import Run
 from .arguments import Parser, add_run
 from .named import named_run, plan_of
 
-_ROLES = ("prefill", "decode", "aggregated", "head", "router", "agent", "rendezvous", "job")
+_ROLES = ("prefill", "decode", "aggregated", "head", "router", "agent", "rendezvous", "preflight", "job")
 Show = Callable[[LogFile, str], None]
 
 _LAST_LINES = 10

@@ -137,6 +137,11 @@ class ModelSpec:
         minimum=5,
         kind="duration",
     )
+    kv_preflight: bool = key(
+        "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn of"
+        " links that are slow or cut.",
+        True,
+    )
     group: str | None = key(
         "Unix group that may read the run directory and the key. Default: nobody but you.", None
     )

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from ..config.resources import resources
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
+from ..plan.preflight import has_preflight
 from . import quoting
 from .containers import apptainer_words, pyxis_words
 from .quoting import Expanding
@@ -47,6 +48,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         head_step=[*_head_step(plan), *pyxis_words(plan, run_dir)] if container == "pyxis" else [],
         mpi=site.slurm.mpi,
         transports=_transports(plan),
+        preflight=has_preflight(plan),
     )
 
 

@@ -5,6 +5,8 @@ One line is one event: {"t": unix seconds, "event": name, …}. Names and their 
     job-started     node, slurm_job_id, end_time           the head node's script runs
     rank-joined     rank, node                             seen in ranks/
     rendezvous      transport, ranks, seconds              the roster is complete
+    preflight       pairs, failed, unmeasured, seconds, slowest {prefill, decode, gbs, ratio, transport}
+                                                           what NIXL moved before any model was loaded
     warning         message, hint                          something is degraded, and what to do
     engine-starting replica, node
     engine-loading  replica, progress                      from the engine's own log

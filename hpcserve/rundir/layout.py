@@ -9,13 +9,14 @@
     secrets/job-key   what agents, controller, router and engines send each other (0600)
     ranks/RANK.json   "this rank's process is alive", written before the rendezvous waits
     roster.json       what the rendezvous found: one entry per rank
+    preflight.json    what NIXL moved between prefill and decode nodes before any model was loaded
     head.json         the controller's address and the head node's process
     endpoint.json     the OpenAI endpoint, once READY
     events.jsonl      what happened, one line each; written by the head node only
     stop              exists once somebody asked the run to stop
     batches/          files and batches of the Batch API, see batch/api/layout.py
-    logs/             job.log, rendezvous-RANK.log, head.log, router.log, batches.log, agent-RANK.log,
-                      REPLICA.NODE.log
+    logs/             job.log, rendezvous-RANK.log, preflight-RANK.log, head.log, router.log, batches.log,
+                      agent-RANK.log, REPLICA.NODE.log
 
 Beside the run directories, and outliving them (no run's name begins with a dot):
 
@@ -83,6 +84,10 @@ class RunDir:
     @property
     def roster(self) -> Path:
         return self.path / "roster.json"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
 
     @property
     def head(self) -> Path:

@@ -21,7 +21,8 @@ class LogFile:
     label: str
     """The prefix of its lines: `head`, `agent-3`, `decode-1.n2`."""
     role: str
-    """`prefill`, `decode`, `aggregated`, or the program: `job`, `head`, `router`, `agent`, `rendezvous`."""
+    """`prefill`, `decode`, `aggregated`, or the program: `job`, `head`, `router`, `agent`, `rendezvous`,
+    `preflight`."""
     rank: int | None = None
     replica: str | None = None
     node: str | None = None
@@ -32,7 +33,7 @@ def describe(path: Path) -> LogFile:
     """What a file's name says, by the table in layout.py."""
     stem = path.name.removesuffix(".log")
     program, _, rank = stem.rpartition("-")
-    if program in ("agent", "rendezvous") and rank.isdigit():
+    if program in ("agent", "rendezvous", "preflight") and rank.isdigit():
         return LogFile(path=path, label=stem, role=program, rank=int(rank))
     replica, _, node = stem.partition(".")
     role = replica.rpartition("-")[0]

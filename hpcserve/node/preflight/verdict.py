@@ -1,0 +1,286 @@
+"""What the figures mean: which node, link or pair is cut or slow. Pure.
+
+A pair is slow when its slowest operation is below half of the link's rate, or, where that is unknown or
+nobody reaches it, below half of the median of the others. When all pairs of a node are slow and its partners
+are fine with others, the node is what is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from .records import Outcome, Pair, Probe
+
+HALF = 0.5
+_MOST = 8
+"""Findings of one kind that are told one by one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    message: str
+    hint: str
+    failed: bool = False
+    """Bytes do not pass at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    findings: tuple[Finding, ...] = ()
+    fatal: Finding | None = None
+    """No prefill node reaches any decode node: loading a model would be for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blame:
+    probes: tuple[Probe, ...]
+    """All their pairs are bad, and a partner has a good one."""
+    pairs: tuple[Pair, ...]
+    """Bad, and none of those probes takes part."""
+
+
+def judge(outcome: Outcome) -> Verdict:
+    failed = [pair for pair in outcome.pairs if pair.broken is not None]
+    whole = [pair for pair in outcome.pairs if pair.broken is None]
+    findings = [*_broken(outcome)]
+    if failed and not whole:
+        return Verdict(findings=tuple(findings), fatal=_fatal(failed))
+    findings += _failed(failed, outcome.pairs)
+    findings += _slow(whole)
+    return Verdict(findings=tuple(findings))
+
+
+# Nodes that took no part.
+
+
+def _broken(outcome: Outcome) -> Iterable[Finding]:
+    alike: dict[tuple[str, str | None], list[str]] = {}
+    for node, broken in sorted(outcome.broken.items()):
+        alike.setdefault((broken.message, broken.hint), []).append(node)
+    for (message, hint), nodes in alike.items():
+        yield Finding(
+            message=f"no KV preflight of {_listed(nodes)}: {message}",
+            hint=f"{hint + '; ' if hint else ''}`kv_preflight: false` in model.yaml leaves the preflight out",
+        )
+
+
+# Pairs that failed.
+
+
+def _fatal(failed: Sequence[Pair]) -> Finding:
+    first = failed[0]
+    assert first.broken is not None
+    count = f"all {len(failed)} pairs failed" if len(failed) > 1 else "the only pair failed"
+    return Finding(
+        message=f"no prefill node reaches any decode node by NIXL: {count};"
+        f" {first.name} over {_over(_allowed(first))}: {first.broken.message}",
+        hint="are these the right devices (`network` of the site, `env` of model.yaml), and do the nodes"
+        f" reach each other there? {_look(_allowed(first))}",
+        failed=True,
+    )
+
+
+def _failed(failed: Sequence[Pair], measured: Sequence[Pair]) -> list[Finding]:
+    blame = _blame(failed, measured)
+    findings = []
+    for node, devices, pairs in _by_node(blame.probes, failed):
+        broken = pairs[0].broken
+        assert broken is not None
+        partners = f"any of {len(pairs)} partners" if len(pairs) > 1 else _partner(pairs[0], node)
+        findings.append(
+            Finding(
+                message=f"{node} can't move KV to {partners} over {_over(devices)}: {broken.message}",
+                hint=f"{_look(devices)} on {node}; to leave it out: {_excluding(node)}",
+                failed=True,
+            )
+        )
+    for pair in blame.pairs:
+        assert pair.broken is not None
+        findings.append(
+            Finding(
+                message=f"KV can't move between {pair.prefill.node} and {pair.decode.node} over"
+                f" {_over(_allowed(pair))}, and does with others: {pair.broken.message}",
+                hint="look at the switches and routes between the two; their replicas serve with others",
+                failed=True,
+            )
+        )
+    return _bounded(findings, "that move no KV")
+
+
+# Pairs that are slow.
+
+
+def _slow(pairs: Sequence[Pair]) -> list[Finding]:
+    below = [pair for pair in pairs if pair.ratio is not None and pair.ratio < HALF]
+    fine = [pair for pair in pairs if pair.ratio is not None and pair.ratio >= HALF]
+    behind = [pair for pair in _behind(pairs) if pair not in fine]
+    findings = []
+    if below and len(below) == len(pairs):
+        findings.append(_all_below(below))
+        bad = behind
+    else:
+        bad = [pair for pair in pairs if pair in below or pair in behind]
+    blame = _blame(bad, pairs)
+    rest = [pair for pair in pairs if pair not in bad]
+    named = []
+    for node, devices, own in _by_node(blame.probes, bad):
+        best = max(own, key=_gbs)
+        each = f"all {len(own)} partners" if len(own) > 1 else _partner(best, node)
+        named.append(
+            Finding(
+                message=f"{node} moves KV slowly with {each} over {_over(devices)}: {rate(_gbs(best))}"
+                f"{' at best' if len(own) > 1 else ''}, {_compared(best, rest)}",
+                hint=f"{_look(devices)} on {node} and on another node; to leave it out: {_excluding(node)}",
+            )
+        )
+    for pair in blame.pairs:
+        slowest = pair.slowest
+        assert slowest is not None
+        named.append(
+            Finding(
+                message=f"KV moves slowly between {pair.prefill.node} and {pair.decode.node} over"
+                f" {_over(slowest.devices)}, and not with others: {rate(slowest.gbs)} from {slowest.source}"
+                f" ({slowest.operation} by {slowest.initiator}), {_compared(pair, rest)}",
+                hint="look at the switches and routes between the two",
+            )
+        )
+    return findings + _bounded(named, "that are slow")
+
+
+def _behind(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those below half of the median of the others: all of a probe's, or single ones."""
+    found: list[Pair] = []
+    for probe in _probes(pairs):
+        own = [pair for pair in pairs if probe in (pair.prefill, pair.decode)]
+        others = [_gbs(pair) for pair in pairs if pair not in own]
+        if others and all(_gbs(pair) < HALF * median(others) for pair in own):
+            found += [pair for pair in own if pair not in found]
+    rest = [pair for pair in pairs if pair not in found]
+    for pair in rest:
+        others = [_gbs(other) for other in rest if other is not pair]
+        if others and _gbs(pair) < HALF * median(others):
+            found.append(pair)
+    return found
+
+
+def _all_below(below: Sequence[Pair]) -> Finding:
+    worst = min(below, key=_gbs)
+    slowest = worst.slowest
+    assert slowest is not None and worst.link_gbs is not None
+    where = f" in all {len(below)} pairs" if len(below) > 1 else ""
+    tcp = not any(":" in device for device in slowest.devices)
+    return Finding(
+        message=f"KV moves at less than half of the link's rate{where}:"
+        f" {worst.name} has {rate(slowest.gbs)} of {rate(worst.link_gbs)} over {_over(slowest.devices)}",
+        hint="one TCP connection rarely fills a fast link; for speed the nodes need InfiniBand or RoCE"
+        " (`network.kind` of the site)"
+        if tcp
+        else "is GPUDirect RDMA on (nvidia_peermem, or dma-buf), and is each GPU beside its HCA"
+        " (`nvidia-smi topo -m`)?",
+    )
+
+
+# Who is to blame, and words.
+
+
+def _blame(bad: Sequence[Pair], measured: Sequence[Pair]) -> _Blame:
+    good = {probe.name for pair in measured if pair not in bad for probe in (pair.prefill, pair.decode)}
+    probes = []
+    for probe in _probes(bad):
+        partners = [
+            pair.decode if pair.prefill == probe else pair.prefill
+            for pair in bad
+            if probe in (pair.prefill, pair.decode)
+        ]
+        if probe.name not in good and any(partner.name in good for partner in partners):
+            probes.append(probe)
+    rest = tuple(pair for pair in bad if pair.prefill not in probes and pair.decode not in probes)
+    return _Blame(probes=tuple(probes), pairs=rest)
+
+
+def _by_node(
+    probes: Sequence[Probe], pairs: Sequence[Pair]
+) -> Iterable[tuple[str, tuple[str, ...], list[Pair]]]:
+    """Node, the devices of its probes, and their pairs."""
+    nodes: dict[str, list[Probe]] = {}
+    for probe in probes:
+        nodes.setdefault(probe.node, []).append(probe)
+    for node, own in nodes.items():
+        found = [pair for pair in pairs if pair.prefill in own or pair.decode in own]
+        yield node, tuple(dict.fromkeys(name for pair in found for name in _used(pair, node))), found
+
+
+def _used(pair: Pair, node: str) -> tuple[str, ...]:
+    """The node's devices: those UCX used, else those it was allowed."""
+    for figure in pair.figures:
+        if figure.initiator == node and figure.devices:
+            return figure.devices
+    return pair.prefill.devices if pair.prefill.node == node else pair.decode.devices
+
+
+def _allowed(pair: Pair) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*pair.prefill.devices, *pair.decode.devices)))
+
+
+def _probes(pairs: Iterable[Pair]) -> list[Probe]:
+    found: dict[str, Probe] = {}
+    for pair in pairs:
+        for probe in (pair.prefill, pair.decode):
+            found.setdefault(probe.name, probe)
+    return list(found.values())
+
+
+def _partner(pair: Pair, node: str) -> str:
+    return pair.decode.node if pair.prefill.node == node else pair.prefill.node
+
+
+def _compared(pair: Pair, others: Sequence[Pair]) -> str:
+    parts = []
+    if pair.ratio is not None and pair.link_gbs is not None:
+        parts.append(f"{pair.ratio:.0%} of the link's {rate(pair.link_gbs)}")
+    if others:
+        parts.append(f"others have {rate(median(map(_gbs, others)))}")
+    return ", ".join(parts)
+
+
+def _gbs(pair: Pair) -> float:
+    assert pair.gbs is not None, "only whole pairs are compared"
+    return pair.gbs
+
+
+def rate(gbs: float) -> str:
+    """`12.3 GB/s`, `0.35 GB/s`, `1.2 MB/s`."""
+    if gbs < 0.1:
+        return f"{gbs * 1000:.3g} MB/s"
+    return f"{gbs:.3g} GB/s"
+
+
+def _over(devices: Sequence[str]) -> str:
+    return ", ".join(devices) if devices else "whatever UCX chose"
+
+
+def _look(devices: Sequence[str]) -> str:
+    if any(":" in device for device in devices):
+        return "look at `ibstat` and `perfquery` (width, speed, errors)"
+    return f"look at `ip -s link` and `ethtool {devices[0] if devices else 'INTERFACE'}`"
+
+
+def _excluding(node: str) -> str:
+    return f"`slurm.extra: [--exclude={node}]` of the site"
+
+
+def _listed(nodes: Sequence[str]) -> str:
+    return f"{', '.join(nodes[:_MOST])}{' …' if len(nodes) > _MOST else ''}"
+
+
+def _bounded(findings: list[Finding], what: str) -> list[Finding]:
+    if len(findings) <= _MOST:
+        return findings
+    more = Finding(
+        message=f"{len(findings) - _MOST} more nodes or pairs {what}",
+        hint="preflight.json in the run directory has all of them",
+        failed=findings[_MOST].failed,
+    )
+    return [*findings[:_MOST], more]
