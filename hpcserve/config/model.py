@@ -138,8 +138,8 @@ class ModelSpec:
         kind="duration",
     )
     kv_preflight: bool = key(
-        "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn of"
-        " links that are slow or cut.",
+        "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn"
+        " of links that are slow or cut.",
         True,
     )
     group: str | None = key(

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -56,7 +57,11 @@ class Agent:
         try:
             self._agent: Any = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
         except Exception as error:
-            raise Failed("backend", f"NIXL could not start its UCX backend: {_words(error)}") from error
+            raise Failed(
+                "backend",
+                f"NIXL could not start UCX on {os.environ.get('UCX_NET_DEVICES', 'any device')}: {_words(error)}",
+                "is that device up on this node, and are UCX_TLS and UCX_NET_DEVICES right?",
+            ) from error
         # A backend that can't be loaded is left out without an error.
         if "UCX" not in self._agent.backends:
             raise Failed(
@@ -221,10 +226,13 @@ def serve(agent: Agent, console: Console, answer: Callable[[dict[str, Any]], Non
         try:
             answer(_answer(agent, console, command))
         except Failed as failed:
-            told = last_error(console.text())
-            message = failed.broken.message + (f" ({told})" if told else "")
-            broken = Broken(cause=failed.broken.cause, message=message, hint=failed.broken.hint)
-            answer({"broken": to_json(broken)})
+            answer({"broken": to_json(_explained(failed.broken, console))})
+
+
+def _explained(broken: Broken, console: Console) -> Broken:
+    """With what UCX printed about it last."""
+    told = last_error(console.text())
+    return replace(broken, message=f"{broken.message} ({told})") if told else broken
 
 
 def _answer(agent: Agent, console: Console, command: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +268,7 @@ def main(argv: list[str]) -> None:
     try:
         agent = Agent(name, device)
     except Failed as failed:
-        answer({"broken": to_json(failed.broken)})
+        answer({"broken": to_json(_explained(failed.broken, console))})
     else:
         answer({"ready": to_json(agent.memory)})
         serve(agent, console, answer)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from .records import Outcome, Pair, Probe
+from .records import Broken, Outcome, Pair, Probe
 
 HALF = 0.5
 _MOST = 8
@@ -47,6 +47,9 @@ def judge(outcome: Outcome) -> Verdict:
     findings = [*_broken(outcome)]
     if failed and not whole:
         return Verdict(findings=tuple(findings), fatal=_fatal(failed))
+    no_device = [broken for broken in outcome.broken.values() if broken.cause == "backend"]
+    if no_device and not whole:
+        return Verdict(findings=tuple(findings), fatal=_no_device(no_device[0]))
     findings += _failed(failed, outcome.pairs)
     findings += _slow(whole)
     return Verdict(findings=tuple(findings))
@@ -78,6 +81,14 @@ def _fatal(failed: Sequence[Pair]) -> Finding:
         f" {first.name} over {_over(_allowed(first))}: {first.broken.message}",
         hint="are these the right devices (`network` of the site, `env` of model.yaml), and do the nodes"
         f" reach each other there? {_look(_allowed(first))}",
+        failed=True,
+    )
+
+
+def _no_device(broken: Broken) -> Finding:
+    return Finding(
+        message=f"no prefill node reaches any decode node by NIXL: {broken.message}",
+        hint="the engines would get the same devices: look at `network` of the site and `env` of model.yaml",
         failed=True,
     )
 
