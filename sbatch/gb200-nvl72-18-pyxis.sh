@@ -174,7 +174,7 @@ running=("$!")
 await "$!"
 measured=$?
 running=()
-cat -- "$logs/preflight-0.log" >&2
+if [ -e "$logs/preflight-0.log" ]; then cat -- "$logs/preflight-0.log" >&2; fi
 if [ "$signals" -gt 0 ]; then
   say "stopped during the preflight"
   exit 143

@@ -5,7 +5,7 @@ One line is one event: {"t": unix seconds, "event": name, …}. Names and their 
     job-started     node, slurm_job_id, end_time           the head node's script runs
     rank-joined     rank, node                             seen in ranks/
     rendezvous      transport, ranks, seconds              the roster is complete
-    preflight       pairs, failed, unmeasured, seconds, slowest {prefill, decode, gbs, ratio, transport}
+    preflight       pairs, failed, unmeasured, seconds, starting, slowest
                                                            what NIXL moved before any model was loaded
     warning         message, hint                          something is degraded, and what to do
     engine-starting replica, node

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from ..process import die_with_parent
-from .buffers import Buffers, HostBuffers, TensorBuffers, seed
+from .buffers import Buffers, seed
 from .records import Broken, Cause, Memory, Operation, to_json
 from .transport import last_error, transports
 
@@ -54,12 +55,17 @@ class Agent:
             raise Failed(
                 "import", f"NIXL can't be imported: {error}", "install `nixl` where the engines run"
             ) from error
+        # Before the agent: UCX looks for GPUs in a CUDA context that exists.
+        self._buffers = _buffers(name, device)
         try:
-            self._agent: Any = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+            # A process that takes another's place is somebody else to agents that knew the first one.
+            unique = f"{name}-{secrets.token_hex(4)}"
+            self._agent: Any = nixl_agent(unique, nixl_agent_config(backends=["UCX"]))
         except Exception as error:
+            devices = os.environ.get("UCX_NET_DEVICES", "any device")
             raise Failed(
                 "backend",
-                f"NIXL could not start UCX on {os.environ.get('UCX_NET_DEVICES', 'any device')}: {_words(error)}",
+                f"NIXL could not start UCX on {devices}: {_words(error)}",
                 "is that device up on this node, and are UCX_TLS and UCX_NET_DEVICES right?",
             ) from error
         # A backend that can't be loaded is left out without an error.
@@ -67,7 +73,6 @@ class Agent:
             raise Failed(
                 "backend", "NIXL has no UCX backend here", "is NIXL_PLUGIN_DIR set to a place without it?"
             )
-        self._buffers = _buffers(name, device)
         buffers, kind = self._buffers, self._buffers.kind
         try:
             regions = [(at, buffers.size, buffers.device, "") for at in (buffers.source, buffers.sink)]
@@ -92,24 +97,26 @@ class Agent:
         """Is what was written here the peer's pattern?"""
         return self._buffers.came(seed(peer), size)
 
-    def measure(
-        self, operation: Operation, peer: str, memory: Memory, seconds: float
-    ) -> tuple[float, int, float]:
+    def measure(self, operation: Operation, memory: Memory, seconds: float) -> tuple[float, int, float]:
         """Rate in 10^9 bytes/s, size of the last transfer, and median latency of a small read in µs.
 
         Raises Failed when a transfer fails, or is not over `seconds` from now.
         """
         clock = _Clock(seconds)
         try:
-            self._agent.add_remote_agent(base64.b64decode(memory.metadata))
+            known = self._agent.add_remote_agent(base64.b64decode(memory.metadata))
+            remote = known.decode() if isinstance(known, bytes) else str(known)
         except Exception as error:
-            raise Failed("transfer", f"no connection to {peer}: {_words(error)}") from error
-        latency = self._latency(peer, memory, clock)
+            raise Failed("transfer", f"no connection: {_words(error)}") from error
+        latency = self._latency(remote, memory, clock)
         size = _FIRST_SIZE
         enough = max(_ENOUGH, _LATENCIES * latency)
         while True:
-            with self._transfer(operation, peer, memory, size) as transfer:
+            with self._transfer(operation, remote, memory, size) as transfer:
                 taken = transfer.run(clock)
+                if taken >= enough:
+                    # Slow, or only this once? Small transfers would never show what the link can do.
+                    taken = min(taken, transfer.run(clock))
                 if taken < enough and size < memory.size:
                     size = min(size * _GROWTH, memory.size)
                     continue
@@ -125,22 +132,22 @@ class Agent:
             # What takes the cores or the link for a moment only ever makes it slower.
             return max(samples) / 1e9, size, latency * 1e6
 
-    def _latency(self, peer: str, memory: Memory, clock: _Clock) -> float:
-        with self._transfer("read", peer, memory, _SMALL) as transfer:
+    def _latency(self, remote: str, memory: Memory, clock: _Clock) -> float:
+        with self._transfer("read", remote, memory, _SMALL) as transfer:
             transfer.run(clock)  # connects
             taken: list[float] = []
             while not taken or (len(taken) < _READS and sum(taken) < _READ_SECONDS):
                 taken.append(transfer.run(clock))
             return median(taken)
 
-    def _transfer(self, operation: Operation, peer: str, memory: Memory, size: int) -> _Transfer:
+    def _transfer(self, operation: Operation, remote: str, memory: Memory, size: int) -> _Transfer:
         buffers, agent = self._buffers, self._agent
         reads = operation == "read"
         own, theirs = (buffers.sink, memory.source) if reads else (buffers.source, memory.sink)
         local = agent.get_xfer_descs([(own, size, buffers.device)], buffers.kind)
-        remote = agent.get_xfer_descs([(theirs, size, memory.device)], memory.kind)
+        other = agent.get_xfer_descs([(theirs, size, memory.device)], memory.kind)
         try:
-            handle = agent.initialize_xfer(operation.upper(), local, remote, peer)
+            handle = agent.initialize_xfer(operation.upper(), local, other, remote)
         except Exception as error:
             raise Failed("transfer", f"NIXL refused a {operation}: {_words(error)}") from error
         return _Transfer(agent, handle, f"{operation} of {_size(size)}")
@@ -194,13 +201,13 @@ class _Transfer:
 
 def _buffers(name: str, device: str) -> Buffers:
     try:
-        return TensorBuffers(seed(name)) if device == "cuda" else HostBuffers(seed(name))
+        return Buffers(seed(name), "cuda:0" if device == "cuda" else "cpu")
     except Exception as error:
         raise Failed("memory", f"no test buffers on {device}: {_words(error)}") from error
 
 
 def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return str(error) or type(error).__name__
 
 
 def _size(size: int) -> str:
@@ -242,7 +249,7 @@ def _answer(agent: Agent, console: Console, command: dict[str, Any]) -> dict[str
     if command["ask"] == "came":
         return {"came": agent.came(peer, int(command["size"]))}
     operation: Operation = command["operation"]
-    rate, size, latency = agent.measure(operation, peer, Memory(**command["memory"]), command["seconds"])
+    rate, size, latency = agent.measure(operation, Memory(**command["memory"]), command["seconds"])
     if operation == "read" and not agent.came(peer, size):
         raise Failed("data", f"a read of {_size(size)} was over, and other bytes had come")
     used = transports(console.text()).get(operation)

@@ -92,12 +92,19 @@ class Pair:
     broken: Broken | None = None
 
     @property
-    def nodes(self) -> tuple[str, str]:
-        return self.prefill.node, self.decode.node
-
-    @property
     def name(self) -> str:
         return f"{self.prefill.node} → {self.decode.node}"
+
+    def better(self, again: Pair) -> Pair:
+        """Of two measurements, each operation's faster one: what is in the way only ever slows it down."""
+        if again.broken is not None:
+            return self
+        figures = tuple(
+            max(one, other, key=lambda figure: figure.gbs)
+            for one, other in zip(self.figures, again.figures, strict=True)
+        )
+        latency = min(self.latency_us or 0.0, again.latency_us or 0.0)
+        return Pair(prefill=self.prefill, decode=self.decode, figures=figures, latency_us=latency)
 
     @property
     def slowest(self) -> Figure | None:
@@ -133,6 +140,9 @@ class Outcome:
     unmeasured: int = 0
     """Pairs there was no time for, or whose node was out."""
     seconds: float = 0.0
+    """From the start of the program on rank 0."""
+    starting: float = 0.0
+    """Of these, until NIXL was ready on all nodes."""
     cut_short: bool = False
     """It was told to end."""
 

@@ -29,6 +29,7 @@ def _title(outcome: Outcome) -> Iterator[str]:
     count = len(outcome.pairs)
     plural = "s" if count != 1 else ""
     text = f"KV preflight: {count} pair{plural} measured by NIXL in {outcome.seconds:.1f} s"
+    text += f" ({outcome.starting:.1f} s to start)"
     if outcome.cut_short:
         text += ", and then it was told to end"
     if outcome.unmeasured:
@@ -76,6 +77,7 @@ def document(outcome: Outcome, verdict: Verdict, attempt: str) -> dict[str, Any]
     return {
         "attempt": attempt,
         "seconds": outcome.seconds,
+        "starting": outcome.starting,
         "pairs": pairs,
         "unmeasured": outcome.unmeasured,
         "cut_short": outcome.cut_short,
@@ -98,6 +100,7 @@ def event(outcome: Outcome) -> dict[str, Any]:
         "failed": len(outcome.pairs) - len(whole),
         "unmeasured": outcome.unmeasured,
         "seconds": outcome.seconds,
+        "starting": outcome.starting,
         "slowest": None if slowest is None else _short(slowest, whole),
     }
 

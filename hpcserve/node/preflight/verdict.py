@@ -55,6 +55,13 @@ def judge(outcome: Outcome) -> Verdict:
     return Verdict(findings=tuple(findings))
 
 
+def suspects(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Those that `judge` would name as slow, or name a node for: they deserve a second look."""
+    whole = [pair for pair in pairs if pair.broken is None]
+    below, behind = _below(whole), _behind(whole)
+    return tuple(pair for pair in whole if pair in behind or (pair in below and len(below) < len(whole)))
+
+
 # Nodes that took no part.
 
 
@@ -124,9 +131,7 @@ def _failed(failed: Sequence[Pair], measured: Sequence[Pair]) -> list[Finding]:
 
 
 def _slow(pairs: Sequence[Pair]) -> list[Finding]:
-    below = [pair for pair in pairs if pair.ratio is not None and pair.ratio < HALF]
-    fine = [pair for pair in pairs if pair.ratio is not None and pair.ratio >= HALF]
-    behind = [pair for pair in _behind(pairs) if pair not in fine]
+    below, behind = _below(pairs), _behind(pairs)
     findings = []
     if below and len(below) == len(pairs):
         findings.append(_all_below(below))
@@ -160,8 +165,16 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
     return findings + _bounded(named, "that are slow")
 
 
+def _below(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those below half of their link's rate."""
+    return [pair for pair in pairs if pair.ratio is not None and pair.ratio < HALF]
+
+
 def _behind(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those below half of the median of the others: all of a probe's, or single ones."""
+    """Those below half of the median of the others: all of a probe's, or single ones.
+
+    Not where the link's rate is known and half of it is reached.
+    """
     found: list[Pair] = []
     for probe in _probes(pairs):
         own = [pair for pair in pairs if probe in (pair.prefill, pair.decode)]
@@ -173,7 +186,7 @@ def _behind(pairs: Sequence[Pair]) -> list[Pair]:
         others = [_gbs(other) for other in rest if other is not pair]
         if others and _gbs(pair) < HALF * median(others):
             found.append(pair)
-    return found
+    return [pair for pair in found if pair.ratio is None or pair.ratio < HALF]
 
 
 def _all_below(below: Sequence[Pair]) -> Finding:
