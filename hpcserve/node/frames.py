@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -93,8 +94,10 @@ class Channel:
         self._received += 1
         return message
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._writer.close()
+        with suppress(OSError):
+            await self._writer.wait_closed()
 
 
 async def accept(
@@ -117,6 +120,7 @@ async def connect(address: str, port: int, *, key: bytes, attempt: str, seconds:
             hello = await receive(reader)
         if hello["attempt"] != attempt:
             writer.close()
+            await writer.wait_closed()
             return None
         nonce = secrets.token_hex(16)
         send(writer, {"nonce": nonce})

@@ -105,7 +105,7 @@ class Member:
         finally:
             for task in starting.values():
                 task.cancel()
-            channel.close()
+            await channel.close()
 
     def _do(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -179,7 +179,7 @@ class Member:
             async with asyncio.timeout(HELLO_TIMEOUT):
                 await channel.receive()
         except BaseException:
-            channel.close()
+            await channel.close()
             raise
         return channel
 

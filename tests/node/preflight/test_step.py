@@ -58,7 +58,7 @@ def test_a_node_whose_process_dies_is_named_and_the_others_have_figures(tmp_path
         assert [pair["decode"]["replicas"] for pair in step.document["pairs"]] == [["decode-0"]]
         assert step.document["pairs"][0]["error"] is None
         [told] = [message for message in step.warnings() if "(rank 2)" in message]
-        assert "ended by SIGSEGV" in told or "Remote" in told or "rank 2" in told
+        assert "ended by SIGSEGV" in told
         assert not events(step.run, "failed")
 
 
