@@ -144,8 +144,10 @@ class Coordinator:
             if broken is not None:
                 self._broken.setdefault(node.node, broken)
         else:
-            future = node.answers.pop(message["id"])
-            good = message.get("answer")
+            waiting = node.answers.pop(message["id"], None)
+            if waiting is None:
+                return  # it came too late
+            future, good = waiting, message.get("answer")
         if broken is not None:
             _refuse(future, broken)
         elif not future.done():

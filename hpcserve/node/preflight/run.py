@@ -6,7 +6,7 @@ import asyncio
 import signal
 from contextlib import suppress
 
-from ...errors import KVPathError
+from ...errors import HpcserveError, KVPathError
 from ...rundir.atomic import write_json
 from ..console import say, warn
 from ..discovery.facts import Roster, wait_for_roster
@@ -29,12 +29,19 @@ def run_preflight(inputs: Inputs) -> int:
     """Measure, and leave preflight.json and the `preflight` event behind. Returns 0, or 143 when told to end.
 
     Raises KVPathError (exit status 6) on rank 0 when no prefill node reaches any decode node. Whatever else
-    is wrong is a warning, and the job goes on.
+    is wrong is a warning (exit status 1), and the job goes on.
     """
-    rank = rank_of(inputs.environ)
-    if rank == 0:
-        inputs.run.preflight.unlink(missing_ok=True)
-    return asyncio.run(_run(inputs, rank))
+    try:
+        rank = rank_of(inputs.environ)
+        if rank == 0:
+            inputs.run.preflight.unlink(missing_ok=True)
+        return asyncio.run(_run(inputs, rank))
+    except KVPathError:
+        raise
+    except HpcserveError as error:
+        # Should the engines need what is missing here, they say so themselves.
+        warn(f"no KV preflight: {error.message}", error.hint)
+        return 1
 
 
 async def _run(inputs: Inputs, rank: int) -> int:
@@ -52,12 +59,7 @@ async def _run(inputs: Inputs, rank: int) -> int:
         if not mine.done():
             await _cancel(mine)
             return _TOLD
-        error = mine.exception()
-        if isinstance(error, NoCoordinator):
-            # The coordinator names this node for everybody; this is its own log.
-            warn(error.message, error.hint)
-        elif error is not None:
-            raise error
+        mine.result()
         return 0
 
 
