@@ -292,7 +292,7 @@ class Coordinator:
     async def _died(self, probe: Probe) -> Broken | None:
         """Why a probe no longer answers; None where it does."""
         try:
-            await self._ask(probe, {"ask": "alive"}, OPERATION)
+            await self._ask(probe, {"ask": "alive"}, 0.0)
         except _Refused as refused:
             return refused.broken
         return None
@@ -348,13 +348,14 @@ class Coordinator:
         except _Refused:
             raise
         except Failed as error:
-            raise _Refused(
-                Broken(
-                    cause="silent",
-                    message=f"{probe.node} gave no answer within {seconds + _ANSWER:g} s",
-                    hint=f"does it still reach {self._roster.ranks[0].node} over TCP?",
-                )
-            ) from error
+            broken = Broken(
+                cause="silent",
+                message=f"{probe.node} gave no answer within {seconds + _ANSWER:g} s",
+                hint=f"does it still reach {self._roster.ranks[0].node} over TCP?",
+            )
+            # Nobody else should wait for it as long.
+            node.fail(broken)
+            raise _Refused(broken) from error
         finally:
             node.answers.pop(number, None)
 

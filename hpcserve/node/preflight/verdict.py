@@ -59,7 +59,8 @@ def suspects(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     """Those that `judge` would name as slow, or name a node for: they deserve a second look."""
     whole = [pair for pair in pairs if pair.broken is None]
     below, behind = _below(whole), _behind(whole)
-    return tuple(pair for pair in whole if pair in behind or (pair in below and len(below) < len(whole)))
+    found = _ids([*behind, *(below if len(below) < len(whole) else [])])
+    return tuple(pair for pair in whole if id(pair) in found)
 
 
 # Nodes that took no part.
@@ -137,9 +138,12 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
         findings.append(_all_below(below))
         bad = behind
     else:
-        bad = [pair for pair in pairs if pair in below or pair in behind]
+        either = _ids([*below, *behind])
+        bad = [pair for pair in pairs if id(pair) in either]
     blame = _blame(bad, pairs)
-    rest = [pair for pair in pairs if pair not in bad]
+    known = _ids(bad)
+    rest = [_gbs(pair) for pair in pairs if id(pair) not in known]
+    usual = median(rest) if rest else None
     named = []
     for node, devices, own in _by_node(blame.probes, bad):
         best = max(own, key=_gbs)
@@ -147,7 +151,7 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
         named.append(
             Finding(
                 message=f"{node} moves KV slowly with {each} over {_over(devices)}: {rate(_gbs(best))}"
-                f"{' at best' if len(own) > 1 else ''}, {_compared(best, rest)}",
+                f"{' at best' if len(own) > 1 else ''}, {_compared(best, usual)}",
                 hint=f"{_look(devices)} on {node} and on another node; to leave it out: {_excluding(node)}",
             )
         )
@@ -158,7 +162,7 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
             Finding(
                 message=f"KV moves slowly between {pair.prefill.node} and {pair.decode.node} over"
                 f" {_over(slowest.devices)}, and not with others: {rate(slowest.gbs)} from {slowest.source}"
-                f" ({slowest.operation} by {slowest.initiator}), {_compared(pair, rest)}",
+                f" ({slowest.operation} by {slowest.initiator}), {_compared(pair, usual)}",
                 hint="look at the switches and routes between the two",
             )
         )
@@ -167,7 +171,7 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
 
 def _below(pairs: Sequence[Pair]) -> list[Pair]:
     """Those below half of their link's rate."""
-    return [pair for pair in pairs if pair.ratio is not None and pair.ratio < HALF]
+    return [pair for pair in pairs if pair.ratio is not None and _short_of_its_link(pair)]
 
 
 def _behind(pairs: Sequence[Pair]) -> list[Pair]:
@@ -175,18 +179,32 @@ def _behind(pairs: Sequence[Pair]) -> list[Pair]:
 
     Not where the link's rate is known and half of it is reached.
     """
-    found: list[Pair] = []
-    for probe in _probes(pairs):
-        own = [pair for pair in pairs if probe in (pair.prefill, pair.decode)]
-        others = [_gbs(pair) for pair in pairs if pair not in own]
-        if others and all(_gbs(pair) < HALF * median(others) for pair in own):
-            found += [pair for pair in own if pair not in found]
-    rest = [pair for pair in pairs if pair not in found]
-    for pair in rest:
-        others = [_gbs(other) for other in rest if other is not pair]
-        if others and _gbs(pair) < HALF * median(others):
-            found.append(pair)
-    return [pair for pair in found if pair.ratio is None or pair.ratio < HALF]
+    rates = [_gbs(pair) for pair in pairs]
+    ordered = sorted(range(len(pairs)), key=rates.__getitem__)
+    own: dict[str, set[int]] = {}
+    for place, pair in enumerate(pairs):
+        for probe in (pair.prefill, pair.decode):
+            own.setdefault(probe.name, set()).add(place)
+    found: set[int] = set()
+    for places in own.values():
+        others = [rates[place] for place in ordered if place not in places]
+        if others and max(rates[place] for place in places) < HALF * median(others):
+            found |= places
+    rest = [place for place in ordered if place not in found]
+    values = [rates[place] for place in rest]
+    for position, place in enumerate(rest):
+        if len(rest) < 2 or values[position] >= HALF * _median_without(values, position):
+            break  # those behind it in the order are faster
+        found.add(place)
+    return [pairs[place] for place in sorted(found) if _short_of_its_link(pairs[place])]
+
+
+def _short_of_its_link(pair: Pair) -> bool:
+    return pair.ratio is None or pair.ratio < HALF
+
+
+def _median_without(ordered: Sequence[float], position: int) -> float:
+    return median([*ordered[:position], *ordered[position + 1 :]])
 
 
 def _all_below(below: Sequence[Pair]) -> Finding:
@@ -210,18 +228,20 @@ def _all_below(below: Sequence[Pair]) -> Finding:
 
 
 def _blame(bad: Sequence[Pair], measured: Sequence[Pair]) -> _Blame:
-    good = {probe.name for pair in measured if pair not in bad for probe in (pair.prefill, pair.decode)}
-    probes = []
-    for probe in _probes(bad):
-        partners = [
-            pair.decode if pair.prefill == probe else pair.prefill
-            for pair in bad
-            if probe in (pair.prefill, pair.decode)
-        ]
-        if probe.name not in good and any(partner.name in good for partner in partners):
-            probes.append(probe)
-    rest = tuple(pair for pair in bad if pair.prefill not in probes and pair.decode not in probes)
-    return _Blame(probes=tuple(probes), pairs=rest)
+    known = _ids(bad)
+    good = {probe.name for pair in measured if id(pair) not in known for probe in (pair.prefill, pair.decode)}
+    blamed: dict[str, Probe] = {}
+    for pair in bad:
+        for probe, partner in ((pair.prefill, pair.decode), (pair.decode, pair.prefill)):
+            if probe.name not in good and partner.name in good:
+                blamed[probe.name] = probe
+    rest = tuple(pair for pair in bad if pair.prefill.name not in blamed and pair.decode.name not in blamed)
+    return _Blame(probes=tuple(blamed.values()), pairs=rest)
+
+
+def _ids(pairs: Iterable[Pair]) -> frozenset[int]:
+    """To look a pair up among many: they are compared by identity."""
+    return frozenset(map(id, pairs))
 
 
 def _by_node(
@@ -232,7 +252,8 @@ def _by_node(
     for probe in probes:
         nodes.setdefault(probe.node, []).append(probe)
     for node, own in nodes.items():
-        found = [pair for pair in pairs if pair.prefill in own or pair.decode in own]
+        names = {probe.name for probe in own}
+        found = [pair for pair in pairs if pair.prefill.name in names or pair.decode.name in names]
         yield node, tuple(dict.fromkeys(name for pair in found for name in _used(pair, node))), found
 
 
@@ -248,24 +269,17 @@ def _allowed(pair: Pair) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*pair.prefill.devices, *pair.decode.devices)))
 
 
-def _probes(pairs: Iterable[Pair]) -> list[Probe]:
-    found: dict[str, Probe] = {}
-    for pair in pairs:
-        for probe in (pair.prefill, pair.decode):
-            found.setdefault(probe.name, probe)
-    return list(found.values())
-
-
 def _partner(pair: Pair, node: str) -> str:
     return pair.decode.node if pair.prefill.node == node else pair.prefill.node
 
 
-def _compared(pair: Pair, others: Sequence[Pair]) -> str:
+def _compared(pair: Pair, usual: float | None) -> str:
+    """`usual` is the median of the pairs that nothing is said about."""
     parts = []
     if pair.ratio is not None and pair.link_gbs is not None:
         parts.append(f"{pair.ratio:.0%} of the link's {rate(pair.link_gbs)}")
-    if others:
-        parts.append(f"others have {rate(median(map(_gbs, others)))}")
+    if usual is not None:
+        parts.append(f"others have {rate(usual)}")
     return ", ".join(parts)
 
 

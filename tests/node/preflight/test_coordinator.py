@@ -72,7 +72,8 @@ class Unreached(Made):
         return {"answer": {"came": True}}
 
 
-def measure(root: Path, ranks: int, members: Sequence[Made]) -> Outcome:
+def measure(root: Path, ranks: int, members: Sequence[Made], leave: Sequence[Made] = ()) -> Outcome:
+    """`leave` are members that do not end by themselves."""
     run = make_run(root / "run", make_plan(ranks))
     inputs = Inputs(run=run, plan=make_plan(ranks), job_key="job-secret", attempt="local.0", environ={})
     facts = [
@@ -93,13 +94,15 @@ def measure(root: Path, ranks: int, members: Sequence[Made]) -> Outcome:
         listening = listen(PortRange(low=21000, high=27999, seed=str(root)), "127.0.0.1")
         server = await coordinator.serve(listening)
         port = listening.getsockname()[1]
-        tasks = [asyncio.create_task(member.run(port)) for member in members]
+        tasks = {member: asyncio.create_task(member.run(port)) for member in members}
         try:
             return await coordinator.run()
         finally:
             await coordinator.dismiss()
             server.close()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for member in leave:
+                tasks[member].cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     return asyncio.run(together())
 
@@ -182,3 +185,21 @@ def test_what_looks_slow_is_measured_again(tmp_path: Path) -> None:
 
     outcome = measure(tmp_path, 4, [*one_prefill(2), Hiccup(3, probe(3, "decode"))])
     assert [pair.gbs for pair in outcome.pairs] == [1.0, 1.0, 1.0]
+
+
+def test_a_node_that_falls_silent_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPERATION", 0.2)
+    monkeypatch.setattr(module, "_ANSWER", 0.3)
+
+    class Silent(Made):
+        """Its power is cut: no connection ends, and nothing is answered."""
+
+        async def _serve(self, channel: Channel) -> None:
+            await asyncio.sleep(3600)
+
+    members = [Made(rank, probe(rank, "prefill")) for rank in range(2)]
+    silent = Silent(3, probe(3, "decode"))
+    outcome = measure(tmp_path, 4, [*members, Made(2, probe(2, "decode")), silent], leave=[silent])
+    assert [(pair.prefill.node, pair.decode.node) for pair in outcome.pairs] == [("n0", "n2"), ("n1", "n2")]
+    assert {node: broken.cause for node, broken in outcome.broken.items()} == {"n3": "silent"}
+    assert outcome.unmeasured == 2
