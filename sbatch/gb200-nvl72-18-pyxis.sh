@@ -169,6 +169,26 @@ if [ "$met" -ne 0 ]; then
   exit "$met"
 fi
 
+# Preflight: NIXL moves a test buffer between prefill and decode nodes, in processes that end with this step.
+# Its first task to end is rank 0, or one that died: no node that is cut off holds the step for long.
+stage=preflight
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --mpi=none --open-mode=truncate \
+  --output="$logs_pattern/preflight-%t.log" \
+  "${inside[@]}" "$python" -m hpcserve.node preflight --run-dir "$HPCSERVE_RUN_DIR" &
+running=("$!")
+await "$!"
+measured=$?
+running=()
+if [ -e "$logs/preflight-0.log" ]; then cat -- "$logs/preflight-0.log" >&2; fi
+if [ "$signals" -gt 0 ]; then
+  say "stopped during the preflight"
+  exit 143
+fi
+if [ "$measured" -eq 6 ]; then exit 6; fi
+if [ "$measured" -ne 0 ]; then
+  say "warning: the preflight ended with status $measured; see $logs/preflight-*.log. The job goes on"
+fi
+
 # Weights to the nodes' own disks, read once from the shared file system. A lost node is told by the others.
 stage=staging
 running=()

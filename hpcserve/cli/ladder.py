@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..plan.plan import Plan
+from ..plan.preflight import has_preflight
 from ..slurm.scheduler import JobState
 
 RungState = Literal["ahead", "now", "done", "failed"]
@@ -45,6 +46,9 @@ class Progress:
     roster: Mapping[str, Any] | None = None
     staging: Mapping[str, Any] | None = None
     staged: Mapping[str, Any] | None = None
+    preflight: Mapping[str, Any] | None = None
+    has_preflight: bool = False
+    """Links are measured before engines start."""
     kv: tuple[Mapping[str, Any], ...] = ()
     first_token: Mapping[str, Any] | None = None
     ready: Mapping[str, Any] | None = None
@@ -76,6 +80,7 @@ def begin(plan: Plan, submitted: float) -> Progress:
         replicas={replica.name: Replica() for replica in plan.replicas},
         disaggregated=plan.disaggregated,
         stages=bool(plan.model.stage),
+        has_preflight=has_preflight(plan),
     )
 
 
@@ -103,6 +108,8 @@ def _step(progress: Progress, event: Mapping[str, Any]) -> Progress:
             return replace(progress, joined=joined, last_joined=when)
         case "rendezvous":
             return replace(progress, roster=event)
+        case "preflight":
+            return replace(progress, preflight=event)
         case "staging":
             return replace(progress, staging=event)
         case "staged":
@@ -144,6 +151,7 @@ def _attempt(progress: Progress, when: float) -> Progress:
         replicas=dict.fromkeys(progress.replicas, Replica()),
         disaggregated=progress.disaggregated,
         stages=progress.stages,
+        has_preflight=progress.has_preflight,
         job=progress.job,
         started=when,
         warnings=progress.warnings,
@@ -166,6 +174,7 @@ def rungs(progress: Progress, now: float) -> tuple[Rung, ...]:
         _queued(progress, now),
         _allocated(progress),
         _joined(progress),
+        *([_links(progress)] if progress.has_preflight else []),
         *([_staged(progress)] if progress.stages else []),
         _loading(progress),
         *([_kv(progress)] if progress.disaggregated else []),
@@ -229,6 +238,23 @@ def _missing(progress: Progress) -> str:
     certain = len(nodes) == progress.ranks and len(silent) == len(absent)
     named = silent if certain else [f"rank {rank}" for rank in absent]
     return f", missing {', '.join(named[:6])}{' …' if len(named) > 6 else ''}"
+
+
+def _links(progress: Progress) -> Rung:
+    event = progress.preflight
+    if event is None:
+        return Rung(name="links measured", state="now")
+    pairs, failed, slowest = int(event.get("pairs") or 0), event.get("failed"), event.get("slowest")
+    text = f"{pairs} pair{'s' if pairs != 1 else ''}"
+    if failed:
+        text += f", {failed} failed"
+    if event.get("unmeasured"):
+        text += f", {event['unmeasured']} not measured"
+    if slowest:
+        text += f", slowest {slowest['prefill']} → {slowest['decode']} {float(slowest['gbs']):.3g} GB/s"
+        if slowest.get("ratio") is not None:
+            text += f" ({float(slowest['ratio']):.0%} of the link)"
+    return Rung(name="links measured", state="done", text=text, at=float(event["t"]))
 
 
 def _staged(progress: Progress) -> Rung:

@@ -16,7 +16,9 @@ from ..rundir.runs import Run
 from .arguments import Parser, add_run
 from .named import named_run, plan_of
 
-_ROLES = ("prefill", "decode", "aggregated", "head", "router", "agent", "rendezvous", "staging", "job")
+_ROLES = (
+    "prefill", "decode", "aggregated", "head", "router", "agent", "rendezvous", "preflight", "staging", "job",
+)  # fmt: skip
 Show = Callable[[LogFile, str], None]
 
 _LAST_LINES = 10

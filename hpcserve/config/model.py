@@ -137,6 +137,11 @@ class ModelSpec:
         minimum=5,
         kind="duration",
     )
+    kv_preflight: bool = key(
+        "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn"
+        " of links that are slow or cut.",
+        True,
+    )
     stage: bool | None = key(
         "Copy a model that is a path to `storage.node_local` of each node first: it is read once from the"
         " shared file system and passed on from node to node. Default: `storage.stage` of the site.",

@@ -1,6 +1,6 @@
-"""Programs that run inside the job:
+"""Programs that run inside the job: `python -m hpcserve.node PROGRAM --run-dir DIR`.
 
-python -m hpcserve.node {rendezvous|stage|head|agent|close} --run-dir DIR
+PROGRAM is one of rendezvous, preflight, stage, head, agent and close.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
             run_rendezvous(inputs, transport=options.transport, timeout=options.timeout)
             return 0
+        if options.program == "preflight":
+            from .preflight.run import run_preflight
+
+            return run_preflight(inputs)
         if options.program == "stage":
             from .staging.run import run_stage
 
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hpcserve.node", description=__doc__)
     programs = parser.add_subparsers(dest="program", required=True)
-    for name in ("rendezvous", "stage", "head", "agent", "close"):
+    for name in ("rendezvous", "preflight", "stage", "head", "agent", "close"):
         program = programs.add_parser(name)
         program.add_argument(
             "--run-dir",
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--timeout", type=float, default=RENDEZVOUS_TIMEOUT, help="seconds to wait for all ranks"
             )
         if name == "close":
-            stages = ("stop-file", "batch-check", "rendezvous", "staging", "serving")
+            stages = ("stop-file", "batch-check", "rendezvous", "preflight", "staging", "serving")
             program.add_argument("--stage", choices=stages, required=True, help="how far the job came")
             program.add_argument("--status", type=int, required=True, help="the job script's exit status")
             program.add_argument("--signalled", action="store_true", help="the job script was told to end")

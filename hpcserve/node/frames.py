@@ -1,17 +1,31 @@
-"""Messages between in-job programs over TCP: a 4-byte big-endian length and a JSON object.
+"""Messages between programs of one job over TCP, proven with the job's key.
 
-Who may speak is shown by a MAC with the job's key over both sides' nonces.
+A frame is a 4-byte big-endian length and a JSON object. Whoever listens speaks first:
+
+    server -> client   {"attempt", "nonce"}
+    client -> server   {"nonce"}
+    then, both ways    {"message", "mac"}     mac over sender, number, both nonces and the message
+
+Nothing that a stranger says counts, and nothing said once can be said again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import secrets
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from ..errors import RendezvousError
+
 MAX_FRAME = 1 << 20
+HELLO_TIMEOUT = 10.0
+"""Seconds a stranger may stay silent."""
+Failed = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, ValueError, KeyError, TypeError)
+"""What a peer that is not ours, or that died, shows itself as. msgspec's errors are ValueErrors."""
 
 
 def mac(key: bytes, direction: str, nonces: str, value: Any) -> str:
@@ -48,3 +62,87 @@ def send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 async def receive(reader: asyncio.StreamReader, most: int = MAX_FRAME) -> dict[str, Any]:
     """Raises IncompleteReadError at the end of the stream, ValueError for what is no message."""
     return unpack(await reader.readexactly(length(await reader.readexactly(4), most)))
+
+
+class WrongKey(RendezvousError):
+    """The other side does not know the job's key, or is not who it says."""
+
+
+class Channel:
+    """A conversation of two sides that both know the key. Opened by `accept` or `connect`."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        key: bytes,
+        nonces: str,
+        sides: tuple[str, str],
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._key = key
+        self._nonces = nonces
+        self._own, self._other = sides
+        self._sent = 0
+        self._received = 0
+
+    @property
+    def peer(self) -> str:
+        """Address of the other side."""
+        return str((self._writer.get_extra_info("peername") or ("?",))[0])
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Raises OSError when the other side is gone."""
+        proof = mac(self._key, f"{self._own} {self._sent}", self._nonces, message)
+        self._sent += 1
+        send(self._writer, {"message": message, "mac": proof})
+        await self._writer.drain()
+
+    async def receive(self) -> dict[str, Any]:
+        """Raises WrongKey, or one of `Failed` when the other side is gone or speaks something else."""
+        frame = await receive(self._reader)
+        message = frame["message"]
+        proof = mac(self._key, f"{self._other} {self._received}", self._nonces, message)
+        if not hmac.compare_digest(str(frame["mac"]), proof) or not isinstance(message, dict):
+            raise WrongKey(f"{self.peer} does not know the job's key")
+        self._received += 1
+        return message
+
+    async def close(self) -> None:
+        self._writer.close()
+        with suppress(OSError):
+            await self._writer.wait_closed()
+
+
+async def accept(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, key: bytes, attempt: str
+) -> Channel:
+    """The listening side. The peer is a stranger until its first message is received."""
+    nonce = secrets.token_hex(16)
+    send(writer, {"attempt": attempt, "nonce": nonce})
+    async with asyncio.timeout(HELLO_TIMEOUT):
+        theirs = str((await receive(reader))["nonce"])
+    return Channel(reader, writer, key=key, nonces=f"{nonce} {theirs}", sides=("server", "client"))
+
+
+async def connect(address: str, port: int, *, key: bytes, attempt: str, seconds: float) -> Channel | None:
+    """The other side; None for a server of another job. Raises one of `Failed` when nobody answers."""
+    async with asyncio.timeout(seconds):
+        reader, writer = await asyncio.open_connection(address, port, limit=MAX_FRAME + 4)
+    try:
+        async with asyncio.timeout(min(seconds, HELLO_TIMEOUT)):
+            hello = await receive(reader)
+        if hello["attempt"] != attempt:
+            writer.close()
+            await writer.wait_closed()
+            return None
+        nonce = secrets.token_hex(16)
+        send(writer, {"nonce": nonce})
+        return Channel(
+            reader, writer, key=key, nonces=f"{hello['nonce']} {nonce}", sides=("client", "server")
+        )
+    except BaseException:
+        writer.close()
+        raise

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from ..config.resources import resources
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
+from ..plan.preflight import has_preflight
 from . import quoting
 from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
 from .gpus import gpu_request
@@ -52,6 +53,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         head_step=[*_head_step(plan), *pyxis_words(plan, run_dir)] if container == "pyxis" else [],
         mpi=site.slurm.mpi,
         transports=_transports(plan),
+        preflight=has_preflight(plan),
     )
 
 

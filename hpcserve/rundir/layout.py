@@ -11,13 +11,14 @@
     roster.json       what the rendezvous found: one entry per rank
     fabric.json       ports, NVLink and transport variables of each replica, with reasons, for people
     staged.json       where the engines load a staged model from, or that it is the shared path
+    preflight.json    what NIXL moved between prefill and decode nodes before any model was loaded
     head.json         the controller's address and the head node's process
     endpoint.json     the OpenAI endpoint, once READY
     events.jsonl      what happened, one line each; written by the head node only
     stop              exists once somebody asked the run to stop
     batches/          files and batches of the Batch API, see batch/api/layout.py
-    logs/             job.log, rendezvous-RANK.log, staging-RANK.log, head.log, router.log, batches.log,
-                      agent-RANK.log, REPLICA.NODE.log
+    logs/             job.log, rendezvous-RANK.log, preflight-RANK.log, staging-RANK.log, agent-RANK.log,
+                      head.log, router.log, batches.log, REPLICA.NODE.log
 
 Beside the run directories, and outliving them (no run's name begins with a dot):
 
@@ -89,6 +90,10 @@ class RunDir:
     @property
     def fabric(self) -> Path:
         return self.path / "fabric.json"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
 
     @property
     def staged(self) -> Path:

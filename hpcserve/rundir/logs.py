@@ -22,7 +22,7 @@ class LogFile:
     """The prefix of its lines: `head`, `agent-3`, `decode-1.n2`."""
     role: str
     """`prefill`, `decode`, `aggregated`, or the program: `job`, `head`, `router`, `agent`, `rendezvous`,
-    `staging`."""
+    `preflight`, `staging`."""
     rank: int | None = None
     replica: str | None = None
     node: str | None = None
@@ -33,7 +33,7 @@ def describe(path: Path) -> LogFile:
     """What a file's name says, by the table in layout.py."""
     stem = path.name.removesuffix(".log")
     program, _, rank = stem.rpartition("-")
-    if program in ("agent", "rendezvous", "staging") and rank.isdigit():
+    if program in ("agent", "rendezvous", "preflight", "staging") and rank.isdigit():
         return LogFile(path=path, label=stem, role=program, rank=int(rank))
     replica, _, node = stem.partition(".")
     role = replica.rpartition("-")[0]

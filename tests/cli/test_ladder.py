@@ -221,3 +221,26 @@ def test_sizes_have_units() -> None:
     assert size(512) == "512 B"
     assert size(524288) == "512.0 KiB"
     assert size(3 * 2**30) == "3.0 GiB"
+
+
+def test_the_links_have_a_rung_where_they_are_measured_with_the_slowest_pair() -> None:
+    measuring = fold(replace(launched(), has_preflight=True), WAY_TO_READY[:6])
+    assert current(measuring).name == "links measured"
+    slowest = {"prefill": "n1", "decode": "n3", "gbs": 3.0, "ratio": 0.06, "transport": "rc_mlx5/mlx5_0:1"}
+    event = at(65.5, "preflight", pairs=4, failed=1, unmeasured=2, seconds=0.5, slowest=slowest)
+    assert seen(fold(measuring, [event]))["links measured"] == Rung(
+        name="links measured",
+        state="done",
+        text="4 pairs, 1 failed, 2 not measured, slowest n1 → n3 3 GB/s (6% of the link)",
+        at=T0 + 65.5,
+    )
+
+
+def test_a_preflight_that_left_no_word_does_not_hold_the_ladder() -> None:
+    ready = seen(fold(replace(launched(), has_preflight=True), WAY_TO_READY))
+    assert (ready["links measured"].state, ready["links measured"].text) == ("done", "")
+
+
+def test_a_preflight_without_any_figure_says_so() -> None:
+    event = at(65.5, "preflight", pairs=0, failed=0, unmeasured=0, seconds=0.5, slowest=None)
+    assert seen(fold(replace(launched(), has_preflight=True), [event]))["links measured"].text == "0 pairs"

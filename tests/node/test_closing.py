@@ -55,6 +55,17 @@ def test_what_a_rank_said_before_it_left_is_the_reason(run: RunDir) -> None:
     assert (failed["message"], failed["exit_code"]) == ("rank 2 (n3): rank 2 said", 3)
 
 
+def test_a_job_told_to_end_during_the_preflight_is_stopped(run: RunDir) -> None:
+    [stopped] = close(run, "preflight", 143, "--signalled")
+    assert stopped["reason"] == "signal SIGTERM during the preflight, before any engine was started"
+
+
+def test_a_preflight_that_ended_the_job_without_a_word_is_the_reason(run: RunDir) -> None:
+    [failed] = close(run, "preflight", 6)
+    assert failed["message"] == "the preflight ended with status 6 without a word"
+    assert failed["exit_code"] == 6
+
+
 def test_why_staging_failed_is_in_its_log(run: RunDir) -> None:
     (run.logs / "staging-0.log").write_text("error: lost rank 2 (n3)\n\nhint: launch again\n")
     [failed] = close(run, "staging", 6)

@@ -7,7 +7,7 @@ program=$name
 for word in "$@"; do
   if [ "$program" = close ]; then break; fi
   case $word in
-    rendezvous | stage | agent | head | close) program=$word ;;
+    rendezvous | preflight | stage | agent | head | close) program=$word ;;
     mpi | tcp | file) if [ "$program" = rendezvous ]; then program=rendezvous-$word; fi ;;
     --mpi=list) program=mpi-list ;;
   esac

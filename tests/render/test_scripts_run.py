@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcserve.config.model import ModelSpec
 from hpcserve.config.site import SetupSite, Site
 from hpcserve.plan.plan import BatchPlan
 from hpcserve.render.script import render_script
@@ -29,8 +30,8 @@ def job(
 def test_rendezvous_then_agents_then_head(tmp_path: Path) -> None:
     done = job(tmp_path, SERVES).run()
     assert done.status == 0, done.errors
-    assert done.programs[:2] == ["mpi-list", "rendezvous-mpi"]
-    assert sorted(done.programs[2:]) == ["agent", "close", "head"]
+    assert done.programs[:3] == ["mpi-list", "rendezvous-mpi", "preflight"]
+    assert sorted(done.programs[3:]) == ["agent", "close", "head"]
     met = done.call("rendezvous-mpi").argv
     assert {"--mpi=pmix", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(
         met
@@ -144,6 +145,57 @@ def test_a_second_term_reaches_the_head_too(tmp_path: Path) -> None:
     running.term()
     assert running.wait() == 5
     assert running.lines("signals") == ["head TERM", "head TERM", "agent USR1"]
+
+
+def test_a_preflight_that_finds_no_way_ends_the_job_before_any_engine(tmp_path: Path) -> None:
+    done = job(tmp_path, SERVES | {"preflight": "exit 6"}).run()
+    assert done.status == 6
+    assert done.programs == ["mpi-list", "rendezvous-mpi", "preflight", "close"]
+    assert done.call("close").argv[-4:] == ["--stage", "preflight", "--status", "6"]
+
+
+@pytest.mark.parametrize("status", [1, 137, 143])
+def test_a_preflight_that_dies_is_told_and_the_job_goes_on(tmp_path: Path, status: int) -> None:
+    done = job(tmp_path, SERVES | {"preflight": f"exit {status}"}).run()
+    assert done.status == 0
+    assert f"warning: the preflight ended with status {status}" in done.errors
+    assert {"--wait=30", "--no-kill", "--kill-on-bad-exit=0", "--mpi=none"} <= set(
+        done.call("preflight").argv
+    )
+
+
+def test_what_the_preflight_says_is_in_the_jobs_log(tmp_path: Path) -> None:
+    told = job(tmp_path, SERVES)
+    (told.run_dir / "logs").mkdir(exist_ok=True)
+    (told.run_dir / "logs" / "preflight-0.log").write_text("KV preflight: 1 pair\n")  # srun is a stand-in
+    told.run()
+    assert told.status == 0
+    assert "KV preflight: 1 pair\n" in told.errors
+
+
+def test_term_during_the_preflight_ends_it_and_the_job(tmp_path: Path) -> None:
+    running = job(tmp_path, SERVES | {"preflight": "terms 1 143"}).start()
+    running.until_up("preflight")
+    running.term()
+    assert running.wait() == 143
+    assert running.programs == ["mpi-list", "rendezvous-mpi", "preflight", "close"]
+    assert running.call("close").argv[-5:] == ["--stage", "preflight", "--status", "143", "--signalled"]
+    assert running.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("site", "model"),
+    [
+        (dgx(), pair(kv_preflight=False)),
+        (dgx(), pair(engine="fake")),
+        (dgx(), aggregated()),
+        (local(), pair()),
+    ],
+    ids=["model.yaml says no", "no NIXL", "one pool", "one machine"],
+)
+def test_no_preflight_where_no_kv_crosses_a_link(tmp_path: Path, site: Site, model: ModelSpec) -> None:
+    script = render_script(plan(site, model=model, nodes=2), tmp_path, python="python")
+    assert "preflight" not in script
 
 
 def test_term_during_the_rendezvous_starts_nothing_more(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ..inputs import Inputs
 from ..journal import LAST, note_job_started, open_journal, this_attempt
 from ..rank import node_names
 
-Stage = Literal["stop-file", "batch-check", "rendezvous", "staging", "serving"]
+Stage = Literal["stop-file", "batch-check", "rendezvous", "preflight", "staging", "serving"]
 _TRY_AGAIN = 75
 """Exit status of a rank whose transport can't be used here."""
 _TOLD = (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
@@ -36,6 +36,10 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
             journal.write("stopped", reason="there was nothing to do for the batch; logs/job.log says why")
         elif signalled and stage == "rendezvous":
             journal.write("stopped", reason="signal SIGTERM before the rendezvous was over")
+        elif signalled and stage == "preflight":
+            journal.write(
+                "stopped", reason="signal SIGTERM during the preflight, before any engine was started"
+            )
         elif signalled and stage == "staging":
             journal.write("stopped", reason="signal SIGTERM while the model was staged")
         elif signalled and status in _TOLD:
@@ -65,6 +69,10 @@ def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
         return JobError(
             f"the head process {_ended(status)} without a word",
             hint="logs/head.log has its last lines; a node that ran out of memory looks like this",
+        ), status or JobError.exit_code
+    if stage == "preflight":
+        return JobError(
+            f"the preflight {_ended(status)} without a word", hint="logs/preflight-0.log has its last lines"
         ), status or JobError.exit_code
     found = _gave_up(inputs)
     if found is not None:

@@ -19,17 +19,12 @@ from contextlib import suppress
 import msgspec
 
 from ...errors import RendezvousError
-from .. import frames
 from ..console import say
 from ..discovery.facts import RankFacts, facts_from_json, to_json
+from ..frames import HELLO_TIMEOUT, MAX_FRAME, Failed, mac, receive, send
 from ..ports import PortRange, ephemeral_range, listen
 from ..rank import node_names
 from .meeting import Attendance, Meeting, Verdict, verdict_from_json
-
-_HELLO_TIMEOUT = 10.0
-"""Seconds a stranger may stay silent."""
-_Failed = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, ValueError, KeyError, TypeError)
-"""What a peer that is not ours, or that died, shows itself as. msgspec's errors are ValueErrors."""
 
 
 def port_range(meeting: Meeting) -> PortRange:
@@ -63,12 +58,12 @@ class Host:
         self._verdict: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._count()
-        server = await asyncio.start_server(self._accept, sock=listening, limit=frames.MAX_FRAME + 4)
+        server = await asyncio.start_server(self._accept, sock=listening, limit=MAX_FRAME + 4)
         verdict = await self._decide()
         self._verdict.set_result(verdict)
         server.close()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_HELLO_TIMEOUT)
+            await asyncio.wait(self._tasks, timeout=HELLO_TIMEOUT)
         return verdict
 
     async def _decide(self) -> Verdict:
@@ -105,7 +100,7 @@ class Host:
         self._tasks.add(task)
         try:
             await self._talk(reader, writer)
-        except _Failed:
+        except Failed:
             # A port scanner, or a rank that died; a dead rank is named when the time is up.
             pass
         finally:
@@ -114,24 +109,22 @@ class Host:
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce = secrets.token_hex(16)
-        frames.send(writer, {"attempt": self._meeting.attempt, "nonce": nonce})
-        async with asyncio.timeout(_HELLO_TIMEOUT):
-            join = await frames.receive(reader)
+        send(writer, {"attempt": self._meeting.attempt, "nonce": nonce})
+        async with asyncio.timeout(HELLO_TIMEOUT):
+            join = await receive(reader)
         nonces = f"{nonce} {join['nonce']}"
         facts = join["facts"]
-        if not hmac.compare_digest(join["mac"], frames.mac(self._meeting.key, "join", nonces, facts)):
+        if not hmac.compare_digest(join["mac"], mac(self._meeting.key, "join", nonces, facts)):
             peer = str(writer.get_extra_info("peername")[0])
             self._refused.add(peer)
             say(f"rendezvous: refused {peer}: wrong job key")
-            frames.send(writer, {"refused": "wrong job key"})
+            send(writer, {"refused": "wrong job key"})
             await writer.drain()
             return
         self._found.append(facts_from_json(facts))
         self._count()
         verdict = msgspec.to_builtins(await self._verdict)
-        frames.send(
-            writer, {"verdict": verdict, "mac": frames.mac(self._meeting.key, "verdict", nonces, verdict)}
-        )
+        send(writer, {"verdict": verdict, "mac": mac(self._meeting.key, "verdict", nonces, verdict)})
         await writer.drain()
 
 
@@ -167,28 +160,26 @@ async def _try(
     """One attempt; None when it is worth another. Only a published address may refuse for good."""
     try:
         async with asyncio.timeout(min(5.0, meeting.left())):
-            reader, writer = await asyncio.open_connection(address, port, limit=frames.MAX_FRAME + 4)
-    except _Failed:
+            reader, writer = await asyncio.open_connection(address, port, limit=MAX_FRAME + 4)
+    except Failed:
         return None
     try:
-        async with asyncio.timeout(min(_HELLO_TIMEOUT, meeting.left())):
-            hello = await frames.receive(reader)
+        async with asyncio.timeout(min(HELLO_TIMEOUT, meeting.left())):
+            hello = await receive(reader)
         if hello["attempt"] != meeting.attempt:
             return None
         nonce = secrets.token_hex(16)
         nonces, told = f"{hello['nonce']} {nonce}", to_json(facts)
-        mac = frames.mac(meeting.key, "join", nonces, told)
-        frames.send(writer, {"rank": meeting.rank, "nonce": nonce, "facts": told, "mac": mac})
+        proof = mac(meeting.key, "join", nonces, told)
+        send(writer, {"rank": meeting.rank, "nonce": nonce, "facts": told, "mac": proof})
         # Rank 0 answers at its own deadline; its message is better than ours.
-        async with asyncio.timeout(meeting.left() + _HELLO_TIMEOUT):
-            answer = await frames.receive(reader)
+        async with asyncio.timeout(meeting.left() + HELLO_TIMEOUT):
+            answer = await receive(reader)
         if "verdict" in answer:
-            if hmac.compare_digest(
-                answer["mac"], frames.mac(meeting.key, "verdict", nonces, answer["verdict"])
-            ):
+            if hmac.compare_digest(answer["mac"], mac(meeting.key, "verdict", nonces, answer["verdict"])):
                 return verdict_from_json(answer["verdict"])
             return None
-    except _Failed:
+    except Failed:
         return None
     finally:
         writer.close()

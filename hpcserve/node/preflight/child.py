@@ -1,0 +1,115 @@
+"""A probe's process as its node sees it: started, asked, replaced, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from .records import Broken, Memory, Probe
+
+MARGIN = 5.0
+"""Seconds beyond a command's own deadline until a silent process counts as hanging."""
+_LINE = 1 << 20
+_ADDED = {"UCX_PROTO_INFO": "y", "NIXL_LOG_LEVEL": "WARN"}
+"""The tables that tell the transport, and no line per agent. What the site or model.yaml sets wins."""
+
+
+class ProbeFailed(Exception):
+    def __init__(self, broken: Broken) -> None:
+        super().__init__(broken.message)
+        self.broken = broken
+
+
+class Child:
+    """One process at a time. Not for two commands at once."""
+
+    def __init__(self, probe: Probe, environ: Mapping[str, str], device: str) -> None:
+        self.probe = probe
+        self._environ = {**_ADDED, **environ}
+        self._device = device
+        self._process: Process | None = None
+
+    async def start(self, seconds: float) -> Memory:
+        """A new process; the one before is killed. Raises ProbeFailed when it can't begin in `seconds`."""
+        await self.kill()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "hpcserve.node.preflight.probe",
+            self.probe.name,
+            self._device,
+            str(os.getpid()),
+            env=self._environ,
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=_LINE,
+        )
+        answer = await self._answer(seconds, f"did not have NIXL ready within {seconds:g} s")
+        return msgspec.convert(answer["ready"], Memory)
+
+    async def ask(self, command: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Its answer. Raises ProbeFailed for one that is none; the process may be unusable then."""
+        process = self._process
+        if process is None or process.stdin is None:
+            raise ProbeFailed(
+                Broken(cause="died", message=f"the preflight's process on {self._node} is gone")
+            )
+        process.stdin.write((json.dumps(command) + "\n").encode())
+        with suppress(OSError):  # it died: the missing answer tells
+            await process.stdin.drain()
+        return await self._answer(seconds + MARGIN, f"hung in NIXL for {seconds + MARGIN:g} s")
+
+    async def _answer(self, seconds: float, late: str) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        try:
+            async with asyncio.timeout(seconds):
+                line = await self._process.stdout.readline()
+                if not line:
+                    await self._process.wait()
+        except TimeoutError:
+            raise ProbeFailed(
+                Broken(
+                    cause="timeout",
+                    message=f"the preflight's process on {self._node} {late}",
+                    hint="is the file system with the Python environment slow there, or a device in trouble?",
+                )
+            ) from None
+        if not line:
+            raise ProbeFailed(self._death())
+        answer: dict[str, Any] = json.loads(line)
+        if "broken" in answer:
+            raise ProbeFailed(msgspec.convert(answer["broken"], Broken))
+        return answer
+
+    def _death(self) -> Broken:
+        status = self._process.returncode if self._process is not None else None
+        how = f"with status {status}"
+        if status is not None and status < 0:
+            how = f"by {signal.Signals(-status).name}"
+        return Broken(
+            cause="died",
+            message=f"the preflight's process on {self._node} ended {how}",
+            hint=f"logs/preflight-{self.probe.rank}.log has its last lines",
+        )
+
+    @property
+    def _node(self) -> str:
+        return self.probe.node
+
+    async def kill(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
