@@ -53,7 +53,7 @@ unset SLURM_MPI_TYPE SLURM_CPU_BIND SLURM_KILL_BAD_EXIT
 
 # The head process may run where squeue is missing: inside the container.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-  if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && end=$(date --date="$end" +%s); then
+  if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && end=$(date --date="${end%%$'\n'*}" +%s); then
     export SLURM_JOB_END_TIME=$end
   else
     echo "warning: squeue does not say when this job ends; it will not drain before its walltime" >&2
@@ -166,8 +166,8 @@ fi
 # 2. Agents: one per node, outliving their engines and each other.
 stage=serving
 agents=()
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
-  --output="$logs_pattern/agent-%t.log" \
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none \
+  --open-mode=append --output="$logs_pattern/agent-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node agent --run-dir "$HPCSERVE_RUN_DIR" &
 agents+=("$!")
 

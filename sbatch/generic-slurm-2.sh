@@ -157,8 +157,8 @@ fi
 # 2. Agents: one per node, outliving their engines and each other.
 stage=serving
 agents=()
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
-  --output="$logs_pattern/agent-%t.log" \
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none \
+  --open-mode=append --output="$logs_pattern/agent-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node agent --run-dir "$HPCSERVE_RUN_DIR" &
 agents+=("$!")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..config.resources import resources
+from ..config.site import SlurmSite
 from ..plan.explain import duration
-from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
+from ..plan.plan import RENDEZVOUS_TIMEOUT, Component, Plan
 from . import quoting
 from .containers import apptainer_words, pyxis_words
 from .quoting import Expanding
@@ -32,7 +33,8 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     return _template("job.sh.j2").render(
         plan=plan,
         slurm=slurm,
-        directives=sorted(_directives(plan, run_dir)) if slurm else [],
+        components=[sorted(part) for part in _components(plan, run_dir)] if slurm else [],
+        het=bool(plan.components),
         layout=layout_line(plan),
         run_dir=str(run_dir),
         kill_wait=site.slurm.kill_wait,
@@ -84,20 +86,34 @@ def _transports(plan: Plan) -> tuple[str, ...]:
     return ("mpi", "tcp", "file")
 
 
-def _directives(plan: Plan, run_dir: Path) -> Iterator[str]:
-    slurm = plan.site.slurm
+def _components(plan: Plan, run_dir: Path) -> Iterator[list[str]]:
+    """Options of sbatch for the job, or for each component of a heterogeneous one.
+
+    Most are said for each: which ones the first hands on differs between versions of Slurm. Names of files
+    are the first one's alone.
+    """
+    for number, part in enumerate(plan.parts):
+        slurm = plan.site.with_nodes(part.node_type).slurm if plan.components else plan.site.slurm
+        first = list(_job_directives(plan, run_dir)) if number == 0 else []
+        yield [*first, *_directives(plan, slurm, part)]
+
+
+def _job_directives(plan: Plan, run_dir: Path) -> Iterator[str]:
     yield f"--job-name={plan.name}"
-    yield f"--nodes={plan.nodes}"
-    yield f"--ntasks={plan.nodes}"
-    yield "--ntasks-per-node=1"
-    yield f"--time={duration(plan.walltime)}"
     # `%` starts a replacement such as %j in the name of an output file.
     yield f"--output={str(run_dir / 'logs' / 'job.log').replace('%', '%%')}"
     yield "--open-mode=append"
+
+
+def _directives(plan: Plan, slurm: SlurmSite, part: Component) -> Iterator[str]:
+    yield f"--nodes={part.nodes}"
+    yield f"--ntasks={part.nodes}"
+    yield "--ntasks-per-node=1"
+    yield f"--time={duration(plan.walltime)}"
     yield f"--signal=B:TERM@{signal_time(plan)}"
     yield "--no-kill"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield from _gpu_request(plan)
+    yield from _gpu_request(plan.device, slurm, part.slots_per_node)
     for name in ("partition", "account", "qos", "constraint", "reservation"):
         value = getattr(slurm, name)
         if value is not None:
@@ -131,26 +147,25 @@ def segment_nodes(plan: Plan) -> int | None:
     return widest
 
 
-def _gpu_request(plan: Plan) -> Iterator[str]:
-    slurm = plan.site.slurm
-    if plan.device == "cpu" or slurm.gpu_request == "none":
+def _gpu_request(device: str, slurm: SlurmSite, gpus: int) -> Iterator[str]:
+    if device == "cpu" or slurm.gpu_request == "none":
         return
     kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
     if slurm.gpu_request == "gres":
-        yield f"--gres=gpu:{kind}{plan.slots_per_node}"
+        yield f"--gres=gpu:{kind}{gpus}"
     else:
-        yield f"--gpus-per-node={kind}{plan.slots_per_node}"
+        yield f"--gpus-per-node={kind}{gpus}"
 
 
 def _step(plan: Plan, run_dir: Path) -> list[str]:
     """Flags of every step that runs once per node."""
     slurm = plan.site.slurm
-    flags = [
-        f"--nodes={plan.nodes}",
-        f"--ntasks={plan.nodes}",
-        "--ntasks-per-node=1",
-        "--cpu-bind=none",
-    ]
+    if plan.components:
+        # Without numbers: srun takes each component's from the job. Ranks follow the order of the groups.
+        size = [f"--het-group=0-{len(plan.components) - 1}"]
+    else:
+        size = [f"--nodes={plan.nodes}", f"--ntasks={plan.nodes}"]
+    flags = [*size, "--ntasks-per-node=1", "--cpu-bind=none"]
     if slurm.cpus_per_task is not None:
         # Since Slurm 22.05 srun does not take it from the job.
         flags.append(f"--cpus-per-task={slurm.cpus_per_task}")

@@ -18,7 +18,7 @@ from hpcserve.node.discovery.facts import ModelFact, RankFacts, leaf_switch
 from hpcserve.node.discovery.gpus import Gpu, driver_version, find_gpus, nvlink_domain
 from hpcserve.node.head.walltime import end_time, parse_end_time
 from hpcserve.node.ports import PortRange, ephemeral_range, hold, listen
-from hpcserve.node.rank import attempt_of, rank_of
+from hpcserve.node.rank import attempt_of, node_names, rank_of
 from hpcserve.node.rendezvous.check import check_facts
 
 from .runs import make_plan, replica
@@ -448,3 +448,15 @@ def test_the_leaf_switch_comes_from_slurms_topology(address: str, pattern: str, 
     environ = {"SLURM_TOPOLOGY_ADDR": address, "SLURM_TOPOLOGY_ADDR_PATTERN": pattern}
     assert leaf_switch(environ) == leaf
     assert leaf_switch({}) is None
+
+
+def test_a_heterogeneous_job_ends_when_its_first_component_does() -> None:
+    text = "2026-01-02T03:04:05\n2026-01-02T03:04:05\n"
+    assert parse_end_time(text) == parse_end_time("2026-01-02T03:04:05")
+
+
+def test_ranks_of_a_heterogeneous_job_follow_its_components() -> None:
+    step = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST": "n[1-3]"}
+    groups = {"SLURM_JOB_NODELIST_HET_GROUP_0": "n3", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[1-2]"}
+    assert node_names({**step, "SLURM_HET_SIZE": "2", **groups}) == ("n3", "n1", "n2")
+    assert node_names(step) == ("n1", "n2", "n3")

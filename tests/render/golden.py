@@ -11,7 +11,7 @@ from hpcserve.plan.plan import BatchPlan, Plan
 from hpcserve.render.engine import render_commands
 from hpcserve.render.script import render_script
 
-from .cases import PYTHON, contained, pair, plan, shipped
+from .cases import PYTHON, contained, mixed, pair, plan, shipped
 
 DIRECTORY = Path(__file__).parents[2] / "sbatch"
 
@@ -41,6 +41,7 @@ def plans() -> dict[str, Plan]:
             plan(shipped("generic-slurm"), model=pair(), nodes=2),
             batch=BatchPlan(output="/scratch/alice/answers", max_error_rate=0.5),
         ),
+        "dgx-h100-2-l40s-4-het": mixed(),
         "local-2": plan(shipped("local"), model=pair(engine="fake"), nodes=2),
     }
 

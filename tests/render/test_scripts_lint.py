@@ -17,7 +17,7 @@ from hpcserve.plan.plan import Plan
 from hpcserve.render.engine import render_commands
 from hpcserve.render.script import render_script
 
-from .cases import IMAGES, PYTHON, SHIPPED, aggregated, contained, dgx, local, pair, plan, shipped
+from .cases import IMAGES, PYTHON, SHIPPED, aggregated, contained, dgx, local, mixed, pair, plan, shipped
 
 NODES = (1, 2, 8, 18)
 LITERAL = ("--severity=style", "--exclude=SC2016")
@@ -37,6 +37,9 @@ def matrix() -> Iterator[tuple[str, Plan]]:
             assert _expected(shipped(name), runtime, nodes, layout), (
                 f"{name} {nodes} {layout} {runtime}: {error}"
             )
+
+    for runtime in IMAGES:
+        yield f"heterogeneous-{runtime}", mixed(runtime)
 
 
 def _expected(site: Site, runtime: str, nodes: int, layout: str) -> bool:
