@@ -20,7 +20,8 @@ from .components import (
 )
 from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_walltime
-from .parallel import GIB, Machine, Shape, choose_shape
+from .memory import GIB
+from .parallel import Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
 from .ratio import prefill_share

@@ -140,11 +140,23 @@ def signal_time(plan: Plan) -> int:
 
 
 def segment_nodes(plan: Plan) -> int | None:
-    """Nodes that must be in one block: those of the widest replica. None when that says nothing."""
-    widest = max(len(replica.nodes) for replica in plan.replicas)
-    if not plan.site.slurm.segment or widest == 1 or plan.nodes % widest:
+    """Nodes that must be in one block: the fewest that cut the job evenly, and no replica.
+
+    None where no replica has several nodes, and where that many nodes are no block. (sbatch: the number of
+    nodes must be a multiple of the segment, and a segment is at most a block.)
+    """
+    spans = [(replica.nodes[0], replica.nodes[-1]) for replica in plan.replicas if len(replica.nodes) > 1]
+    if not plan.site.slurm.segment or not spans:
         return None
-    return widest
+    most = plan.site.node.nvlink_domain_nodes if plan.site.node.nvlink_domain_nodes > 1 else plan.nodes
+    return next(
+        (
+            size
+            for size in range(2, min(most, plan.nodes) + 1)
+            if plan.nodes % size == 0 and all(first // size == last // size for first, last in spans)
+        ),
+        None,
+    )
 
 
 def _gpu_request(device: str, slurm: SlurmSite, gpus: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,24 @@ def test_a_replica_over_nodes_stays_inside_one_segment() -> None:
     model = ModelSpec(model="/m", aggregated=RoleSpec(tensor_parallel=16))
     assert "--segment=2" in directives(plan(dgx(segment=True), model=model, nodes=4))
     assert not [line for line in directives(plan(dgx(segment=True), nodes=4)) if "segment" in line]
+
+
+def test_a_segment_is_a_divisor_of_the_job_that_cuts_no_replica() -> None:
+    def asked(prefill: int, decode: int, of: int, domain: int = 1, wide: int = 8) -> list[str]:
+        site = dgx(segment=True)
+        site = replace(site, node=replace(site.node, nvlink_domain_nodes=domain))
+        model = ModelSpec(
+            model="/m",
+            prefill=RoleSpec(tensor_parallel=wide, nodes=prefill),
+            decode=RoleSpec(tensor_parallel=8, data_parallel=of, nodes=decode),
+        )
+        return [line for line in directives(plan(site, model=model)) if "segment" in line]
+
+    assert asked(4, 4, of=4) == ["--segment=4"]
+    assert asked(2, 4, of=4) == ["--segment=6"]  # ranks 2 to 5: neither 2 nor 3 is wide enough
+    assert asked(10, 8, of=8, domain=18) == ["--segment=9"]
+    assert asked(10, 8, of=8, domain=18, wide=16) == ["--segment=18"]  # 9 would cut the replica on 8 and 9
+    assert asked(10, 8, of=8, domain=8) == []  # no block is as large
 
 
 def test_a_line_break_in_a_value_is_refused() -> None:
