@@ -84,7 +84,7 @@ def _tables(section: type, names: str) -> Iterator[str]:
     shared: dict[type, list[str]] = {}
     for name, item in items.items():
         if item.section is not None:
-            shared.setdefault(item.section, []).append(name)
+            shared.setdefault(item.section, []).append(name if item.shape == "section" else f"{name}.NAME")
     for inner, members in shared.items():
         yield from _tables(inner, "`, `".join(members))
 
@@ -100,7 +100,7 @@ def _row(name: str, item: Declared) -> str:
 def _value(item: Declared) -> str:
     info = item.info
     if item.section is not None:
-        return "section"
+        return "section" if item.shape == "section" else "sections by name"
     if item.choices:
         return ", ".join(f"`{choice}`" for choice in item.choices)
     if info.kind == "duration":

@@ -59,7 +59,7 @@ unset SLURM_MPI_TYPE SLURM_CPU_BIND SLURM_KILL_BAD_EXIT
 
 # The head process may run where squeue is missing: inside the container.
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-  if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && end=$(date --date="$end" +%s); then
+  if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && end=$(date --date="${end%%$'\n'*}" +%s); then
     export SLURM_JOB_END_TIME=$end
   else
     echo "warning: squeue does not say when this job ends; it will not drain before its walltime" >&2
@@ -172,8 +172,9 @@ fi
 # Preflight: NIXL moves a test buffer between prefill and decode nodes, in processes that end with this step.
 # Its first task to end is rank 0, or one that died: no node that is cut off holds the step for long.
 stage=preflight
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --mpi=none --open-mode=truncate \
-  --output="$logs_pattern/preflight-%t.log" \
+rm -f -- "$logs"/preflight-*.log # of an earlier attempt
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --mpi=none \
+  --open-mode=append --output="$logs_pattern/preflight-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node preflight --run-dir "$HPCSERVE_RUN_DIR" &
 running=("$!")
 await "$!"
@@ -192,8 +193,8 @@ fi
 # Weights to the nodes' own disks, read once from the shared file system. A lost node is told by the others.
 stage=staging
 running=()
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
-  --output="$logs_pattern/staging-%t.log" \
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none \
+  --open-mode=append --output="$logs_pattern/staging-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node stage --run-dir "$HPCSERVE_RUN_DIR" &
 running+=("$!")
 staged=0
@@ -215,8 +216,8 @@ fi
 # 2. Agents: one per node, outliving their engines and each other.
 stage=serving
 agents=()
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none --open-mode=append \
-  --output="$logs_pattern/agent-%t.log" \
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --mpi=none \
+  --open-mode=append --output="$logs_pattern/agent-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node agent --run-dir "$HPCSERVE_RUN_DIR" &
 agents+=("$!")
 

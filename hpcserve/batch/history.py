@@ -158,7 +158,10 @@ def _job(run: Path) -> _Job:
     """The job whose run directory this is; nothing where it can't be read."""
     try:
         plan = read_json(RunDir(run).plan)
-        gpus = plan["nodes"] * plan["slots_per_node"] if plan["device"] == "cuda" else 0
+        parts = plan.get("components") or [plan]
+        gpus = (
+            sum(part["nodes"] * part["slots_per_node"] for part in parts) if plan["device"] == "cuda" else 0
+        )
         starts = [
             event["t"] for event, _ in read_events(RunDir(run).events) if event["event"] == "job-started"
         ]

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeAlias, Union, cast, get_args, get_origin, g
 from .keys import KeyInfo
 
 Shape: TypeAlias = Literal[
-    "text", "integer", "number", "boolean", "strings", "environment", "free", "section"
+    "text", "integer", "number", "boolean", "strings", "environment", "free", "section", "sections"
 ]
 """`strings` is a list of text, `environment` a mapping of variables, `free` a mapping of anything,
-`section` a nested dataclass."""
+`section` a nested dataclass, `sections` a mapping of names to such."""
 
 _SHAPES: Mapping[object, Shape] = {
     str: "text",
@@ -66,13 +66,15 @@ def _declare(name: str, hint: Any, info: KeyInfo, default: Any) -> Declared:
     if optional:
         (hint,) = (part for part in get_args(hint) if part is not NoneType)
     literal = get_origin(hint) is Literal
-    shape: Shape = "text" if literal else _SHAPES.get(hint, "section")
+    several = get_origin(hint) is Mapping and isinstance(get_args(hint)[1], type) and hint not in _SHAPES
+    shape: Shape = "text" if literal else _SHAPES.get(hint, "sections" if several else "section")
+    inner = get_args(hint)[1] if several else hint
     return Declared(
         name=name,
         shape=shape,
         optional=optional,
         choices=get_args(hint) if literal else info.choices,
-        section=hint if shape == "section" else None,
+        section=inner if shape in ("section", "sections") else None,
         info=info,
         default=default,
     )
@@ -83,4 +85,4 @@ def paths(section: Callable[..., Any], prefix: str = "") -> Iterator[tuple[str, 
     for name, item in declared(section).items():
         yield prefix + name, item
         if item.section is not None:
-            yield from paths(item.section, f"{prefix}{name}.")
+            yield from paths(item.section, f"{prefix}{name}.{'NAME.' * (item.shape == 'sections')}")

@@ -28,6 +28,7 @@ T = TypeVar("T")
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)", re.ASCII)
 _NUMBER = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+SECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*", re.ASCII)
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _BOOLEAN = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _MAX_DIGITS = 18
@@ -146,6 +147,8 @@ class _Reader:
         self._origins[path] = node.origin
         if _is_null(node):
             return self._null(item, node, path)
+        if item.shape == "sections":
+            return self._sections(item, _table(item, node, path), path)
         if item.section is not None:
             return self.section(item.section, _table(item, node, path), f"{path}.")
         if item.shape == "environment":
@@ -157,6 +160,20 @@ class _Reader:
         if not isinstance(node, Scalar):
             raise _wrong(item, node, path)
         return _scalar(item, node, path)
+
+    def _sections(self, item: Declared, table: Table, path: str) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, node in table.entries.items():
+            at = f"{path}.{name}"
+            self._origins[at] = node.origin
+            if not SECTION_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"{node.origin}: key '{at}' must be a name: letters, digits, _ and -",
+                    hint="Correct the name.",
+                )
+            assert item.section is not None
+            result[name] = self.section(item.section, _table(item, node, at), f"{at}.")
+        return result
 
     def _null(self, item: Declared, node: Node, path: str) -> None:
         # `decode:` with nothing below it was probably meant to be a pool; `decode: null` was not.
@@ -249,6 +266,7 @@ _EXPECTED = {
     "environment": "a mapping",
     "free": "a mapping",
     "section": "a mapping",
+    "sections": "a mapping",
 }
 
 

@@ -19,6 +19,11 @@ class RoleSpec:
     """One pool of engines: all its prefill, all its decode, or all its aggregated replicas."""
 
     nodes: int | None = key("Nodes for the whole pool.", None, minimum=1)
+    node_type: str | None = key(
+        "Type of the pool's nodes, one of the site's `node_types`. Pools of different types are one"
+        " heterogeneous job. Default: the site's `node`.",
+        None,
+    )
     replicas: int | None = key("Engine instances in the pool.", None, minimum=1)
     tensor_parallel: int | None = key("GPUs that share each layer.", None, minimum=1)
     pipeline_parallel: int = key("Stages the layers are split into.", 1, minimum=1)

@@ -38,7 +38,24 @@ class ModelFacts:
     max_position_embeddings: int | None = None
     weight_bytes: int | None = None
     """Sum of the sizes of the safetensors files the engine will load."""
+    expert_bytes: int | None = None
+    """The part of them that is routed experts."""
+    kv_values: int | None = None
+    """Values that one token keeps in the KV cache of one layer, of all heads."""
+    kv_latent: bool = False
+    """They are one latent vector for all heads (multi-head latent attention), which each GPU keeps whole."""
     dtype: str | None = None
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of one token in the KV cache of all layers, in the model's own type."""
+        size = _SIZES.get(self.dtype or "")
+        if self.kv_values is None or self.num_hidden_layers is None or size is None:
+            return None
+        return self.kv_values * self.num_hidden_layers * size
+
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def is_local(model: str) -> bool:
@@ -101,7 +118,13 @@ def _hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def _facts(directory: Path) -> ModelFacts:
-    top = _read_object(directory / "config.json")
+    return stated_facts(
+        _read_object(directory / "config.json"), path=str(directory), weight_bytes=_weight_bytes(directory)
+    )
+
+
+def stated_facts(top: Mapping[str, Any], *, path: str, weight_bytes: int | None) -> ModelFacts:
+    """What a config.json says; the size of the weights is not in it."""
     # Multimodal models keep the language model's sizes in a section of their own.
     config = dict(top)
     for name in ("text_config", "llm_config"):
@@ -110,7 +133,7 @@ def _facts(directory: Path) -> ModelFacts:
     heads = _integer(config, "num_attention_heads", "n_head")
     architectures = top.get("architectures")
     return ModelFacts(
-        path=str(directory),
+        path=path,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         num_attention_heads=heads,
         num_key_value_heads=_integer(config, "num_key_value_heads") or heads,
@@ -118,9 +141,49 @@ def _facts(directory: Path) -> ModelFacts:
         hidden_size=_integer(config, "hidden_size", "n_embd"),
         num_experts=_integer(config, "num_experts", "num_local_experts", "n_routed_experts"),
         max_position_embeddings=_integer(config, "max_position_embeddings", "n_positions"),
-        weight_bytes=_weight_bytes(directory),
+        weight_bytes=weight_bytes,
+        expert_bytes=_expert_bytes(config),
+        kv_values=_kv_values(config),
+        kv_latent=_integer(config, "kv_lora_rank") is not None,
         dtype=_dtype(config),
     )
+
+
+def _expert_bytes(config: Mapping[str, Any]) -> int | None:
+    """Three matrices per expert and layer, as in Mixtral, Qwen-MoE and DeepSeek; None if not clear."""
+    experts = _integer(config, "num_experts", "num_local_experts", "n_routed_experts")
+    hidden, layers = _integer(config, "hidden_size"), _integer(config, "num_hidden_layers")
+    inner = _integer(config, "moe_intermediate_size", "intermediate_size")
+    method = config.get("quantization_config")
+    if isinstance(method, dict):
+        size = {"fp8": 1}.get(str(method.get("quant_method")))
+    else:
+        size = _SIZES.get(_dtype(config) or "")
+    irregular = config.get("mlp_only_layers") or any(
+        config.get(name, 1) not in (None, 1) for name in ("moe_layer_freq", "decoder_sparse_step")
+    )
+    if irregular or not (experts and hidden and layers and inner and size):
+        return None
+    sparse = layers - (_integer(config, "first_k_dense_replace") or 0)
+    sparse += _integer(config, "num_nextn_predict_layers") or 0
+    return sparse * experts * 3 * hidden * inner * size
+
+
+def _kv_values(config: Mapping[str, Any]) -> int | None:
+    """None where layers differ: those with a window or a state keep less than the others."""
+    kinds = config.get("layer_types")
+    windowed = config.get("sliding_window") and config.get("use_sliding_window") is not False
+    if windowed or (isinstance(kinds, list) and set(kinds) != {"full_attention"}):
+        return None
+    latent = _integer(config, "kv_lora_rank")
+    if latent is not None:  # DeepSeek-V2, arXiv:2405.04434, section 2.1
+        return latent + (_integer(config, "qk_rope_head_dim") or 0)
+    heads, hidden = (
+        _integer(config, "num_attention_heads", "n_head"),
+        _integer(config, "hidden_size", "n_embd"),
+    )
+    width = _integer(config, "head_dim") or (hidden // heads if hidden and heads else None)
+    return 2 * (_integer(config, "num_key_value_heads") or heads or 0) * width if width else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

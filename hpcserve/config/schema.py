@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .declarations import Declared, declared
-from .load import VARIABLE
+from .load import SECTION_NAME, VARIABLE
 from .model import ModelSpec
 from .quantities import CLOCK
 from .site import Site
@@ -83,7 +83,12 @@ def _key(item: Declared) -> Schema:
 
 def _shape(item: Declared) -> Schema:
     if item.section is not None:
-        return _section(item.section)
+        inner = _section(item.section)
+        if item.shape == "section":
+            return inner
+        inner.pop("required", None)  # the site that is extended may have it
+        names = {"pattern": f"^{SECTION_NAME.pattern}$"}
+        return {"type": "object", "propertyNames": names, "additionalProperties": inner}
     if item.choices:
         return {"enum": list(item.choices)}
     if item.shape == "environment":

@@ -9,7 +9,7 @@ and `checked` (the date it was last compared with the cluster).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .keys import key
@@ -91,6 +91,26 @@ class NodeSite(Provenance):
     )
     nvlink_domain_nodes: int = key("Nodes that share one NVLink domain (18 on NVL72).", 1, minimum=1)
     internet: bool = key("Compute nodes reach the open internet.", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeType(Provenance):
+    """Nodes of another type than `node`, for pools that name it.
+
+    `partition`, `qos`, `memory` and `max_nodes` are those of `slurm` where they are not set. What describes
+    the hardware is never that of `node` or `slurm`: a key that is not set is not known, or not asked for.
+    """
+
+    gpus: int = key("GPUs per node.", minimum=0, maximum=64)
+    gpu: str | None = key("GPU model, for people.", None)
+    gpu_memory_gib: int | None = key("Memory of one GPU, in GiB.", None, minimum=1)
+    cpu_engines: int = key("Engines one node may run when `device: cpu`.", 1, minimum=1)
+    partition: str | None = key("Partition.", None)
+    qos: str | None = key("QOS.", None)
+    constraint: str | None = key("Node feature expression.", None)
+    gpu_type: str | None = key("Type in the request, as in `--gres=gpu:l40s:4`.", None)
+    memory: str | None = key("`--mem` per node.", None, pattern=r"\d+[KMGT]?")
+    max_nodes: int | None = key("Most nodes a job may have of this type.", None, minimum=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +202,9 @@ class Site:
     match: MatchSite = key("How the site is recognised.", factory=MatchSite)
     slurm: SlurmSite = key("How jobs are asked for.", factory=SlurmSite)
     node: NodeSite = key("One compute node.")
+    node_types: Mapping[str, NodeType] = key(
+        "Other types of nodes, by a name that pools of model.yaml give as `node_type`.", factory=dict
+    )
     network: NetworkSite = key("The interconnect.", factory=NetworkSite)
     container: ContainerSite = key("Containers.", factory=ContainerSite)
     storage: StorageSite = key("File systems.", factory=StorageSite)
@@ -189,3 +212,18 @@ class Site:
     login: LoginSite = key("The login host.", factory=LoginSite)
     setup: SetupSite = key("Software on the nodes.", factory=SetupSite)
     gpu_hour_rate: float | None = key("Service units charged per GPU-hour.", None, minimum=0)
+
+    def with_nodes(self, node_type: str | None) -> Site:
+        """The site as it is for a job on nodes of this type; None: on those of `node`. Raises KeyError."""
+        if node_type is None:
+            return self
+        chosen = self.node_types[node_type]
+        node = replace(self.node, **{name: getattr(chosen, name) for name in _NODE_OF_A_TYPE})
+        own = {name: getattr(chosen, name) for name in _SLURM_OF_A_TYPE}
+        given = {name: value for name, value in own.items() if value is not None}
+        slurm = replace(self.slurm, **given, constraint=chosen.constraint, gpu_type=chosen.gpu_type)
+        return replace(self, node=node, slurm=slurm)
+
+
+_NODE_OF_A_TYPE = ("gpus", "gpu", "gpu_memory_gib", "cpu_engines")
+_SLURM_OF_A_TYPE = ("partition", "qos", "memory", "max_nodes")

@@ -37,6 +37,13 @@ def attempt_of(environ: Mapping[str, str]) -> str:
 
 
 def node_names(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Slurm's names of the step's nodes in rank order; empty outside Slurm."""
+    """Slurm's names of the step's nodes in rank order; empty outside Slurm.
+
+    In a heterogeneous job ranks follow the components, and the step's own list is sorted over all of them.
+    """
+    size = environ.get("SLURM_HET_SIZE", "")
+    if size.isdecimal():
+        lists = [environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{number}", "") for number in range(int(size))]
+        return tuple(name for part in lists for name in expand(part))
     text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     return expand(text)

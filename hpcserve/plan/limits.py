@@ -85,8 +85,11 @@ def check_walltime(site: Site, model: ModelSpec, walltime: int, where: str) -> N
         )
 
 
-def check_step(site: Site, engine: str, role: str, span: int) -> None:
-    """A replica over `span` nodes that is one MPI program is started by srun, from an agent."""
+def check_step(site: Site, engine: str, role: str, span: int, *, alike: bool) -> None:
+    """A replica over `span` nodes that is one MPI program is started by srun, from an agent.
+
+    `alike`: all nodes of the job are of one type.
+    """
     able = ABILITIES[engine]
     if span == 1 or not able.by_step:
         return
@@ -99,6 +102,11 @@ def check_step(site: Site, engine: str, role: str, span: int) -> None:
             f"{what} from its first node, but inside {site.container.runtime} there are no Slurm commands",
             hint=f"{smaller}, or use a site config with `container: {{runtime: none}}` whose `setup` makes "
             f"{able.title} available",
+        )
+    if not alike:
+        raise PlanError(
+            f"{what}, but in a heterogeneous job hpcserve starts no such steps",
+            hint=f"{smaller}, or use one `node_type` for both pools",
         )
     if site.slurm.mpi == "none":
         raise PlanError(

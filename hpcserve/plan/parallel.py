@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..config.model import Role, RoleSpec
 from ..errors import PlanError
 from .abilities import ABILITIES
 from .explain import Notes, count
+from .memory import COMFORTABLE, TIGHT, gib, kv_bytes_per_gpu, weights_per_gpu
 
 if TYPE_CHECKING:
     from ..config.model_facts import ModelFacts
-
-GIB = 1 << 30
-COMFORTABLE = 0.6
-"""Part of a GPU's memory that weights may take when hpcserve chooses; the rest is KV cache."""
-TIGHT = 0.9
-"""Part that weights can take at all: vLLM's default gpu-memory-utilization."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +97,7 @@ def choose_shape(
     _check_device(role, shape, machine)
     _check_heads(role, shape, facts)
     _check_nodes(role, shape, machine)
-    _check_memory(role, shape, facts, machine)
+    _check_memory(role, shape, facts, machine, notes)
     return shape
 
 
@@ -119,14 +114,16 @@ def _derive_tensor(spec: RoleSpec, facts: ModelFacts | None, machine: Machine) -
     if not weights or machine.gpu_bytes is None:
         unknown = "GPU memory" if weights else "the size of the weights"
         return sizes[-1], f"{unknown} is not known, so as many of {machine.slots} GPUs as the model allows"
+    assert facts is not None
     for size in sizes:
-        shards = size * spec.pipeline_parallel * (spec.data_parallel if spec.expert_parallel else 1)
-        if size & (size - 1) == 0 and weights / shards <= COMFORTABLE * machine.gpu_bytes:
+        ranks = size * spec.pipeline_parallel
+        each = weights_per_gpu(facts, ranks=ranks, data=spec.data_parallel, expert=spec.expert_parallel)
+        if size & (size - 1) == 0 and each is not None and each <= COMFORTABLE * machine.gpu_bytes:
             return size, (
-                f"smallest power of two whose GPUs hold {_gib(weights)} of weights in "
-                f"{COMFORTABLE:.0%} of {_gib(machine.gpu_bytes)} each"
+                f"smallest power of two whose GPUs hold {gib(weights)} of weights in "
+                f"{COMFORTABLE:.0%} of {gib(machine.gpu_bytes)} each"
             )
-    return sizes[-1], f"{_gib(weights)} of weights want every GPU there is for one replica"
+    return sizes[-1], f"{gib(weights)} of weights want every GPU there is for one replica"
 
 
 def _fills(width: int, slots: int) -> bool:
@@ -204,35 +201,58 @@ def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
         )
 
 
-def _check_memory(role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine) -> None:
-    weights = facts.weight_bytes if facts is not None else None
+def _check_memory(role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine, notes: Notes) -> None:
+    each = _weights_each(shape, facts)
     if (
-        not weights
+        facts is None
+        or each is None
         or machine.gpu_bytes is None
         or machine.device == "cpu"
         or not ABILITIES[machine.engine].weights
     ):
         return
     room = TIGHT * machine.gpu_bytes
-    if weights / shape.weight_shards <= room:
+    if each <= room:
+        notes.derived(f"{role}.gpu_memory", *_use_of_memory(shape, facts, machine.gpu_bytes, each))
         return
     raise PlanError(
-        f"{role}: {_gib(weights)} of weights over {count(shape.weight_shards, 'GPU')} is "
-        f"{_gib(weights / shape.weight_shards)} each, but a GPU has {_gib(machine.gpu_bytes)}",
-        hint=_memory_remedy(role, shape, facts, machine, least=-(-weights // int(room))),
+        f"{role}: {gib(facts.weight_bytes or 0)} of weights over {count(shape.weight_shards, 'GPU')} is "
+        f"{gib(each)} each, but a GPU has {gib(machine.gpu_bytes)}",
+        hint=_memory_remedy(role, shape, facts, machine, room),
     )
 
 
-def _memory_remedy(
-    role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine, *, least: int
-) -> str:
-    """What to set so that at least `least` GPUs share the weights."""
-    others = shape.weight_shards // shape.tensor
+def _weights_each(shape: Shape, facts: ModelFacts | None) -> float | None:
+    if facts is None:
+        return None
+    ranks = shape.tensor * shape.pipeline
+    return weights_per_gpu(facts, ranks=ranks, data=shape.data, expert=shape.expert)
+
+
+def _use_of_memory(shape: Shape, facts: ModelFacts, gpu_bytes: int, weights: float) -> tuple[str, str]:
+    """What a GPU's memory is for, and how it is counted."""
+    left = TIGHT * gpu_bytes - weights
+    token = kv_bytes_per_gpu(facts, tensor=shape.tensor, pipeline=shape.pipeline)
+    kept = "" if token is None else f": at most {left / token:,.0f} tokens of KV cache"
+    reason = f"{TIGHT:.0%} of {gib(gpu_bytes)}; activations, buffers and CUDA graphs take some of the rest"
+    if token is not None:
+        reason += f"; a token is {token / 1024:.1f} KiB on each GPU"
+    if shape.expert and shape.data > 1 and facts.expert_bytes is not None:
+        dense = gib((facts.weight_bytes or 0) - facts.expert_bytes)
+        spread = count(shape.tensor * shape.data, "GPU")
+        reason += f"; {gib(facts.expert_bytes)} are experts on {spread}; each rank has the other {dense}"
+    return f"{gib(weights)} of weights, {gib(left)} left{kept}", reason
+
+
+def _memory_remedy(role: Role, shape: Shape, facts: ModelFacts, machine: Machine, room: float) -> str:
+    """What to set so that a GPU's weights take at most `room` bytes."""
     fitting = next(
         (
             size
             for size in range(shape.tensor + 1, 1025)
-            if size * others >= least and _heads_fit(size, facts) and _fills(size, shape.slots)
+            if (_weights_each(replace(shape, tensor=size), facts) or 0) <= room
+            and _heads_fit(size, facts)
+            and _fills(size, shape.slots)
         ),
         None,
     )
@@ -243,7 +263,3 @@ def _memory_remedy(
             f"use `--nodes 2` and `{role}.tensor_parallel: {fitting}`: one node holds prefill and decode here"
         )
     return f"set `{role}.tensor_parallel: {fitting}`"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.1f} GiB"

@@ -47,6 +47,16 @@ class ReplicaPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One part of a heterogeneous job, as Slurm calls it: nodes of one type, with ranks in a row."""
+
+    node_type: str | None
+    """One of the site's `node_types`; None: its `node`."""
+    nodes: int
+    slots_per_node: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """The dataset that a job is for; it ends with it."""
 
@@ -69,7 +79,7 @@ class Plan:
     device: Literal["cuda", "cpu"]
     nodes: int
     slots_per_node: int
-    """GPUs per node, or engines per node on `device: cpu`."""
+    """GPUs per node, or engines per node on `device: cpu`; of the largest where nodes differ."""
     served_name: str
     walltime: int
     """Seconds."""
@@ -78,12 +88,22 @@ class Plan:
     replicas: tuple[ReplicaPlan, ...]
     batch: BatchPlan | None = None
     """None: it serves whoever has a key, until its walltime ends."""
+    components: tuple[Component, ...] = ()
+    """In rank order, of a heterogeneous job; empty where all nodes are alike."""
     explanations: tuple[Explanation, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The components; a job of one type of nodes is one."""
+        whole = Component(node_type=None, nodes=self.nodes, slots_per_node=self.slots_per_node)
+        return self.components or (whole,)
 
     @property
     def gpus(self) -> int:
         """GPUs the job is charged for."""
-        return self.nodes * self.slots_per_node if self.device == "cuda" else 0
+        if self.device != "cuda":
+            return 0
+        return sum(part.nodes * part.slots_per_node for part in self.parts)
 
     @property
     def gpu_hours(self) -> float:

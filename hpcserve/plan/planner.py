@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ..config.model import Role, RoleSpec
 from ..config.site import Site
 from ..errors import PlanError
 from .abilities import ABILITIES
+from .components import (
+    Device,
+    check_heterogeneous,
+    choose_device,
+    components,
+    differ,
+    pool_sites,
+)
 from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_step, check_walltime
-from .parallel import GIB, Machine, Shape, choose_shape
+from .memory import GIB
+from .parallel import Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
 from .ratio import prefill_share
 from .request import PlanRequest
-from .roles import choose_roles, count_nodes, share_nodes, wished_nodes
-
-Device = Literal["cuda", "cpu"]
+from .roles import Wish, choose_roles, count_nodes, fewest, share_nodes, wished_nodes
 
 LOAD_BYTES_PER_SECOND = 200e6
 """Slowest file system that a launch waits for: weights over a busy parallel file system."""
@@ -31,21 +38,35 @@ def make_plan(request: PlanRequest) -> Plan:
     site = _site(request, notes)
     check_site(site)
     model = request.model
-    device = _device(request, notes)
-    slots = site.node.gpus if device == "cuda" else site.node.cpu_engines
+    roles = choose_roles(request, notes)
+    sites = pool_sites(request, site, roles, notes)
+    different = differ(roles)
+    if not different:
+        site = next(iter(sites.values()))
+    device = choose_device(request, sites, roles, notes)
+    slots = {role: at.node.gpus if device == "cuda" else at.node.cpu_engines for role, at in sites.items()}
     notes.model("model", model.model)
     served_name = _served_name(request, notes)
-    roles = choose_roles(request, notes)
     wishes = wished_nodes(request, roles)
-    nodes = count_nodes(request, roles, wishes, slots, notes)
-    check_nodes(site, nodes, "--nodes" if request.nodes is not None else "model.yaml")
+    nodes = count_nodes(request, roles, wishes, slots, notes, alike=not different)
+    if different:
+        check_heterogeneous(site, roles, nodes)
+        if request.nodes is None and model.nodes is None:
+            wishes |= fewest(roles, wishes, slots)
+    else:
+        check_nodes(site, nodes, "--nodes" if request.nodes is not None else "model.yaml")
     walltime = _walltime(request, notes)
     ready_timeout = _ready_timeout(request, walltime, notes)
     if len(roles) == 2:
         check_kv_path(site, model.engine, nodes)
-    placed, pool_nodes = _place(request, site, roles, nodes, slots, device, notes)
+    placed, pool_nodes = _place(request, sites, roles, wishes, nodes, slots, device, notes)
     stage = _stage(request, notes)
-    used = _slots_asked(site, device, slots, placed)
+    used = {
+        role: _slots_asked(
+            at, device, slots[role], [one for one in placed if not different or one.role == role]
+        )
+        for role, at in sites.items()
+    }
     sized = {role: _filled(roles[role], pool_nodes[role], placed, role) for role in roles}
     return Plan(
         name=_name(request, served_name, notes),
@@ -62,12 +83,13 @@ def make_plan(request: PlanRequest) -> Plan:
         site=site,
         device=device,
         nodes=nodes,
-        slots_per_node=used,
+        slots_per_node=max(used.values()),
         served_name=served_name,
         walltime=walltime,
         ready_timeout=ready_timeout,
         replicas=tuple(placed),
         batch=request.batch,
+        components=components(sites, roles, pool_nodes, used, notes) if different else (),
         explanations=notes.all(),
     )
 
@@ -84,21 +106,6 @@ def _site(request: PlanRequest, notes: Notes) -> Site:
             notes.site(key, getattr(slurm, key), f"slurm.{key}")
     notes.site("site", request.site.name, "name")
     return replace(request.site, slurm=slurm)
-
-
-def _device(request: PlanRequest, notes: Notes) -> Device:
-    node, asked = request.site.node, request.model.device
-    if asked == "cuda" and node.gpus == 0:
-        raise PlanError(
-            f"device is cuda, but the nodes of site {request.site.name} have no GPU",
-            hint="use `device: cpu`, or another `--site`",
-        )
-    if asked is not None:
-        notes.model("device", asked)
-        return asked
-    device: Device = "cuda" if node.gpus else "cpu"
-    notes.site("device", device, "node.gpus")
-    return device
 
 
 def _served_name(request: PlanRequest, notes: Notes) -> str:
@@ -186,55 +193,61 @@ def _stage(request: PlanRequest, notes: Notes) -> bool:
 
 def _place(
     request: PlanRequest,
-    site: Site,
+    sites: dict[Role, Site],
     roles: dict[Role, RoleSpec],
+    wishes: dict[Role, Wish],
     nodes: int,
-    slots: int,
+    slots: dict[Role, int],
     device: Device,
     notes: Notes,
 ) -> tuple[list[ReplicaPlan], dict[Role, int]]:
     """Replicas in rank order, and the nodes of each pool."""
     model = request.model
+    site = next(iter(sites.values()))
     one_node_pair = len(roles) == 2 and nodes == 1
-    if one_node_pair and slots < 2:
+    if one_node_pair and slots["prefill"] < 2:
         unit = "GPU" if device == "cuda" else "engine slot"
         raise PlanError(
-            f"prefill and decode need one {unit} each, but the job has one node with {slots}",
+            f"prefill and decode need one {unit} each, but the job has one node with {slots['prefill']}",
             hint="use `--nodes 2`, or an `aggregated:` pool",
         )
-    machine = Machine(
-        slots=slots,
-        gpu_bytes=site.node.gpu_memory_gib * GIB if site.node.gpu_memory_gib else None,
-        device=device,
-        engine=model.engine,
-    )
+    machines = {
+        role: Machine(
+            slots=slots[role],
+            gpu_bytes=at.node.gpu_memory_gib * GIB if at.node.gpu_memory_gib else None,
+            device=device,
+            engine=model.engine,
+        )
+        for role, at in sites.items()
+    }
     shapes: dict[Role, Shape] = {}
     for role, spec in roles.items():
-        room = replace(machine, slots=_room(role, roles, slots)) if one_node_pair else machine
+        machine = machines[role]
+        room = replace(machine, slots=_room(role, roles, slots[role])) if one_node_pair else machine
         shapes[role] = choose_shape(
             role,
             spec,
             request.facts,
             room,
-            slots,
+            slots[role],
             notes,
             partner=_partner(role, roles) if one_node_pair else None,
         )
-        check_step(site, model.engine, role, shapes[role].span)
+        check_step(site, model.engine, role, shapes[role].span, alike=not differ(roles))
     if len(roles) == 2:
         _check_pair(model.engine, shapes)
     may_idle = device == "cpu" or (site.scheduler == "slurm" and not site.slurm.exclusive)
     share = prefill_share(model.workload)
-    wishes = wished_nodes(request, roles)
     if one_node_pair and len(wishes) < 2:
         pair = place_pair(roles, shapes, share, machine, may_idle=may_idle, notes=notes)
         return pair, {"prefill": 1, "decode": 1}
-    counts = share_nodes(nodes, roles, wishes, shapes, share, machine, notes)
+    alike = None if differ(roles) else machine
+    counts = share_nodes(nodes, roles, wishes, shapes, share, alike, notes)
     placed: list[ReplicaPlan] = []
     first = 0
     for role, spec in roles.items():
         pool = size_pool(
-            role, spec, shapes[role], first, counts[role], machine, may_idle=may_idle, notes=notes
+            role, spec, shapes[role], first, counts[role], machines[role], may_idle=may_idle, notes=notes
         )
         placed += place_pool(pool)
         first += counts[role]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config.model import Role, RoleSpec
@@ -69,9 +70,18 @@ def wished_nodes(request: PlanRequest, roles: dict[Role, RoleSpec]) -> dict[Role
 
 
 def count_nodes(
-    request: PlanRequest, roles: dict[Role, RoleSpec], wishes: dict[Role, Wish], slots: int, notes: Notes
+    request: PlanRequest,
+    roles: dict[Role, RoleSpec],
+    wishes: dict[Role, Wish],
+    slots: Mapping[Role, int],
+    notes: Notes,
+    *,
+    alike: bool = True,
 ) -> int:
-    """Nodes of the job: `--nodes`, `nodes`, the pools' own counts, or the fewest that hold the pools."""
+    """Nodes of the job: `--nodes`, `nodes`, the pools' own counts, or the fewest that hold the pools.
+
+    `slots`: those of a node of each pool. Only where nodes are `alike` can pools share one.
+    """
     if request.nodes is not None:
         notes.flag("nodes", request.nodes, "--nodes")
         return request.nodes
@@ -82,11 +92,11 @@ def count_nodes(
         nodes = sum(wish.nodes for wish in wishes.values())
         notes.derived("nodes", nodes, " + ".join(wish.where for wish in wishes.values()))
         return nodes
-    needs = {role: _least_slots(spec) for role, spec in roles.items()}
-    if not wishes and sum(needs.values()) <= slots:
+    if not wishes and alike and sum(map(_least_slots, roles.values())) <= min(slots.values()):
         notes.default("nodes", 1)
         return 1
-    least = {role: wishes[role].nodes if role in wishes else -(-needs[role] // slots) for role in roles}
+    found = {**fewest(roles, wishes, slots), **wishes}
+    least = {role: found[role].nodes for role in roles}
     nodes = sum(least.values())
     notes.derived(
         "nodes",
@@ -94,6 +104,17 @@ def count_nodes(
         "fewest nodes that hold " + " and ".join(f"{role} on {n}" for role, n in least.items()),
     )
     return nodes
+
+
+def fewest(
+    roles: dict[Role, RoleSpec], wishes: dict[Role, Wish], slots: Mapping[Role, int]
+) -> dict[Role, Wish]:
+    """For each pool nobody spoke of, the fewest nodes that hold it."""
+    return {
+        role: Wish(nodes=-(-_least_slots(spec) // slots[role]), where=f"the fewest nodes that hold {role}")
+        for role, spec in roles.items()
+        if role not in wishes
+    }
 
 
 def _least_slots(spec: RoleSpec) -> int:
@@ -107,10 +128,10 @@ def share_nodes(
     wishes: dict[Role, Wish],
     shapes: dict[Role, Shape],
     share: Share,
-    machine: Machine,
+    machine: Machine | None,
     notes: Notes,
 ) -> dict[Role, int]:
-    """Nodes per pool; they add up to `nodes`."""
+    """Nodes per pool; they add up to `nodes`. `machine` is None where the pools' nodes differ."""
     if len(roles) == 1:
         (role,) = roles
         if role in wishes and wishes[role].nodes != nodes:
@@ -134,6 +155,12 @@ def share_nodes(
                 hint=f"use `--nodes {wish.nodes + shapes[other].span}`, or fewer nodes for {role}",
             )
         counts = {role: wish.nodes, other: nodes - wish.nodes}
+    elif machine is None:
+        raise PlanError(
+            f"prefill and decode are on different types of nodes, and how many of the {nodes} are of which "
+            "is not said",
+            hint="say it with `--prefill N --decode N`, or `nodes` of `prefill` and `decode`",
+        )
     else:
         split = split_nodes(nodes, share.prefill, shapes["prefill"].span, shapes["decode"].span)
         if split is None:
@@ -163,7 +190,7 @@ def _nodes_for(replicas: int, shape: Shape) -> int:
     return -(-replicas // (shape.slots // shape.width))
 
 
-def _uneven(nodes: int, wishes: dict[Role, Wish], machine: Machine) -> PlanError:
+def _uneven(nodes: int, wishes: dict[Role, Wish], machine: Machine | None) -> PlanError:
     total = sum(wish.nodes for wish in wishes.values())
     asked = " + ".join(wish.where for wish in wishes.values())
     if nodes == 1 and len(wishes) == 2:
@@ -174,7 +201,8 @@ def _uneven(nodes: int, wishes: dict[Role, Wish], machine: Machine) -> PlanError
         )
     if total < nodes:
         idle = nodes - total
-        waste = f": {count(idle, 'node')} ({count(idle * machine.slots, machine.unit)}) would idle"
+        slots = f" ({count(idle * machine.slots, machine.unit)})" if machine else ""
+        waste = f": {count(idle, 'node')}{slots} would idle"
     else:
         waste = ""
     last = list(wishes)[-1]

@@ -21,6 +21,6 @@ def srun_words(plan: Plan, replica: ReplicaPlan, nodes: str) -> Iterator[str]:
     yield from (f"--nodes={len(replica.nodes)}", f"--nodelist={nodes}")
     yield from (f"--ntasks={each * len(replica.nodes)}", f"--ntasks-per-node={each}")
     yield from ("--distribution=block", "--cpu-bind=none")
-    yield from gpu_request(plan)
+    yield from gpu_request(plan.device, plan.site.slurm, plan.slots_per_node)
     # Ranks of one replica live and die together.
     yield from ("--kill-on-bad-exit=1", "--input=none", "--export=ALL", "--chdir=/")

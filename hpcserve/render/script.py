@@ -9,8 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..config.resources import resources
+from ..config.site import SlurmSite
 from ..plan.explain import duration
-from ..plan.plan import RENDEZVOUS_TIMEOUT, Plan
+from ..plan.plan import RENDEZVOUS_TIMEOUT, Component, Plan
 from ..plan.preflight import has_preflight
 from . import quoting
 from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
@@ -36,7 +37,8 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     return _template("job.sh.j2").render(
         plan=plan,
         slurm=slurm,
-        directives=sorted(_directives(plan, run_dir)) if slurm else [],
+        components=[sorted(part) for part in _components(plan, run_dir)] if slurm else [],
+        het=bool(plan.components),
         layout=layout_line(plan),
         run_dir=str(run_dir),
         kill_wait=site.slurm.kill_wait,
@@ -100,20 +102,34 @@ def _transports(plan: Plan) -> tuple[str, ...]:
     return ("mpi", "tcp", "file")
 
 
-def _directives(plan: Plan, run_dir: Path) -> Iterator[str]:
-    slurm = plan.site.slurm
+def _components(plan: Plan, run_dir: Path) -> Iterator[list[str]]:
+    """Options of sbatch for the job, or for each component of a heterogeneous one.
+
+    Most are said for each: which ones the first hands on differs between versions of Slurm. Names of files
+    are the first one's alone.
+    """
+    for number, part in enumerate(plan.parts):
+        slurm = plan.site.with_nodes(part.node_type).slurm if plan.components else plan.site.slurm
+        first = list(_job_directives(plan, run_dir)) if number == 0 else []
+        yield [*first, *_directives(plan, slurm, part)]
+
+
+def _job_directives(plan: Plan, run_dir: Path) -> Iterator[str]:
     yield f"--job-name={plan.name}"
-    yield f"--nodes={plan.nodes}"
-    yield f"--ntasks={plan.nodes}"
-    yield "--ntasks-per-node=1"
-    yield f"--time={duration(plan.walltime)}"
     # `%` starts a replacement such as %j in the name of an output file.
     yield f"--output={str(run_dir / 'logs' / 'job.log').replace('%', '%%')}"
     yield "--open-mode=append"
+
+
+def _directives(plan: Plan, slurm: SlurmSite, part: Component) -> Iterator[str]:
+    yield f"--nodes={part.nodes}"
+    yield f"--ntasks={part.nodes}"
+    yield "--ntasks-per-node=1"
+    yield f"--time={duration(plan.walltime)}"
     yield f"--signal=B:TERM@{signal_time(plan)}"
     yield "--no-kill"
     yield "--requeue" if slurm.requeue else "--no-requeue"
-    yield from gpu_request(plan)
+    yield from gpu_request(plan.device, slurm, part.slots_per_node)
     for name in ("partition", "account", "qos", "constraint", "reservation"):
         value = getattr(slurm, name)
         if value is not None:
@@ -140,32 +156,40 @@ def signal_time(plan: Plan) -> int:
 
 
 def segment_nodes(plan: Plan) -> int | None:
-    """Nodes that must be in one block; None when that says nothing.
+    """Nodes that must be in one block; None where that says nothing, and where that many are no block.
 
     All of a disaggregated job that fits into one NVLink domain, for KV blocks cross NVLink between any two
-    of its nodes; else those of the widest replica. Slurm wants a divisor of the nodes, at most a block
-    (sbatch(1), --segment), and a replica wider than a domain spans several anyway.
+    of its nodes; else the fewest that cut the job evenly, and no replica. (sbatch(1), --segment: the number
+    of nodes must be a multiple of the segment, and a segment is at most a block.)
     """
     if not plan.site.slurm.segment:
         return None
     domain = plan.site.node.nvlink_domain_nodes
     if plan.disaggregated and 1 < plan.nodes <= domain:
         return plan.nodes
-    widest = max(len(replica.nodes) for replica in plan.replicas)
-    if widest == 1 or plan.nodes % widest or 1 < domain < widest:
+    spans = [(replica.nodes[0], replica.nodes[-1]) for replica in plan.replicas if len(replica.nodes) > 1]
+    if not spans:
         return None
-    return widest
+    most = plan.site.node.nvlink_domain_nodes if plan.site.node.nvlink_domain_nodes > 1 else plan.nodes
+    return next(
+        (
+            size
+            for size in range(2, min(most, plan.nodes) + 1)
+            if plan.nodes % size == 0 and all(first // size == last // size for first, last in spans)
+        ),
+        None,
+    )
 
 
 def _step(plan: Plan, run_dir: Path) -> list[str]:
     """Flags of every step that runs once per node."""
     slurm = plan.site.slurm
-    flags = [
-        f"--nodes={plan.nodes}",
-        f"--ntasks={plan.nodes}",
-        "--ntasks-per-node=1",
-        "--cpu-bind=none",
-    ]
+    if plan.components:
+        # Without numbers: srun takes each component's from the job. Ranks follow the order of the groups.
+        size = [f"--het-group=0-{len(plan.components) - 1}"]
+    else:
+        size = [f"--nodes={plan.nodes}", f"--ntasks={plan.nodes}"]
+    flags = [*size, "--ntasks-per-node=1", "--cpu-bind=none"]
     if slurm.cpus_per_task is not None:
         # Since Slurm 22.05 srun does not take it from the job.
         flags.append(f"--cpus-per-task={slurm.cpus_per_task}")

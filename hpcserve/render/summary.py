@@ -15,8 +15,19 @@ def layout_line(plan: Plan) -> str:
     for role in ROLES:
         replicas = plan.with_role(role)
         if replicas:
-            pools.append(f"{len(replicas)} {role} ({parallel_sizes(replicas[0])})")
+            where = f" on {type_of(plan, replicas[0])}" if plan.components else ""
+            pools.append(f"{len(replicas)} {role} ({parallel_sizes(replicas[0])}){where}")
     return f"{count(plan.nodes, 'node')}, {' + '.join(pools)}, {plan.model.engine} on {plan.device}"
+
+
+def type_of(plan: Plan, replica: ReplicaPlan) -> str:
+    """The type of the replica's nodes, by the site's name for it; `default` for its `node`."""
+    first = 0
+    for part in plan.parts:
+        first += part.nodes
+        if replica.nodes[0] < first:
+            break
+    return part.node_type or "default"
 
 
 def parallel_sizes(replica: ReplicaPlan) -> str:
@@ -35,10 +46,11 @@ def cost_line(plan: Plan) -> str:
     """What the job is charged at most."""
     if not plan.gpus:
         return f"{count(plan.nodes, 'node')} × {duration(plan.walltime)}, no GPUs"
-    text = (
-        f"{count(plan.nodes, 'node')} × {count(plan.slots_per_node, 'GPU')} × {duration(plan.walltime)} = "
-        f"{plan.gpu_hours:,.1f} GPU-hours at most"
+    sizes = " + ".join(
+        f"{count(part.nodes, 'node')} × {count(part.slots_per_node, 'GPU')}" for part in plan.parts
     )
+    sizes = f"({sizes})" if plan.components else sizes
+    text = f"{sizes} × {duration(plan.walltime)} = {plan.gpu_hours:,.1f} GPU-hours at most"
     rate = plan.site.gpu_hour_rate
     return f"{text}, {plan.gpu_hours * rate:,.1f} units at {rate:g} each" if rate else text
 
@@ -53,7 +65,8 @@ def plan_table(plan: Plan) -> str:
         ("cost", cost_line(plan)),
     ]
     lines = [f"{key:<9} {value}" for key, value in head]
-    return "\n".join([*lines, "", *columns(("NODES", "ROLE", "REPLICAS", "EACH", "GPUS"), _rows(plan))])
+    header = ("NODES", *(("TYPE",) if plan.components else ()), "ROLE", "REPLICAS", "EACH", "GPUS")
+    return "\n".join([*lines, "", *columns(header, _rows(plan))])
 
 
 def _rows(plan: Plan) -> Iterator[Sequence[str]]:
@@ -63,7 +76,8 @@ def _rows(plan: Plan) -> Iterator[Sequence[str]]:
             continue
         ranks = sorted({rank for replica in replicas for rank in replica.nodes})
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-        yield span, role, str(len(replicas)), _each(replicas[0]), _gpus(plan, role)
+        kind = (type_of(plan, replicas[0]),) if plan.components else ()
+        yield span, *kind, role, str(len(replicas)), _each(replicas[0]), _gpus(plan, role)
 
 
 def _each(replica: ReplicaPlan) -> str:

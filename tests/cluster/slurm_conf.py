@@ -8,16 +8,35 @@ from .namespaces import LOGIN_ADDRESS, Host
 GPUS_PER_NODE = 4
 CORES_PER_NODE = 8
 """More than the machine has: Slurm hands them out, the kernel shares the real ones."""
+SMALL = 2
+"""GPUs of type `small` of a node in partition `small`; its others are called `spare`."""
+
+
+def _small(host: Host) -> bool:
+    """Nodes 3 and 4 play another type of node, for heterogeneous jobs."""
+    return host.index in (3, 4)
+
+
+def _types(host: Host) -> dict[str, int]:
+    """GPUs of a node by their type in `--gres`; without a type, all of them."""
+    return {"small": SMALL, "spare": GPUS_PER_NODE - SMALL} if _small(host) else {"big": GPUS_PER_NODE}
 
 
 def slurm_conf(hosts: list[Host], login: str) -> str:
     nodes = "\n".join(
         f"NodeName={host.name} NodeAddr={host.address} NodeHostname={host.name} Sockets=1 "
-        f"CoresPerSocket={CORES_PER_NODE} ThreadsPerCore=1 RealMemory=20000 Gres=gpu:{GPUS_PER_NODE} "
-        "State=UNKNOWN"
+        f"CoresPerSocket={CORES_PER_NODE} ThreadsPerCore=1 RealMemory=20000 "
+        f"Gres={','.join(f'gpu:{name}:{number}' for name, number in _types(host).items())} State=UNKNOWN"
         for host in hosts
     )
     names = ",".join(host.name for host in hosts)
+    big = ",".join(host.name for host in hosts if not _small(host))
+    small = ",".join(host.name for host in hosts if _small(host))
+    typed = "\n".join(
+        f"PartitionName={name} Nodes={members} MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO State=UP"
+        for name, members in (("big", big), ("small", small))
+        if members
+    )
     return f"""\
 ClusterName=hpcserve-test
 SlurmctldHost={login}({LOGIN_ADDRESS})
@@ -51,19 +70,26 @@ CompleteWait=0
 MessageTimeout=10
 JobRequeue=0
 MinJobAge=600
-SchedulerParameters=batch_sched_delay=0,defer_batch=0
+SchedulerParameters=batch_sched_delay=0,defer_batch=0,bf_interval=2
 PropagateResourceLimitsExcept=MEMLOCK
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO State=UP
 PartitionName=urgent Nodes={names} MaxTime=INFINITE DefaultTime=60 OverSubscribe=NO PriorityTier=10 State=UP
+{typed}
 """
 
 
 def gres_conf(hosts: list[Host]) -> str:
-    names = ",".join(host.name for host in hosts)
-    return f"AutoDetect=off\nNodeName={names} Name=gpu File={paths.GPUS}/gpu[0-{GPUS_PER_NODE - 1}]\n"
+    lines = ["AutoDetect=off"]
+    for host in hosts:
+        first = 0
+        for name, number in _types(host).items():
+            files = f"{paths.GPUS}/gpu[{first}-{first + number - 1}]"
+            lines.append(f"NodeName={host.name} Name=gpu Type={name} File={files}")
+            first += number
+    return "\n".join([*lines, ""])
 
 
 def mpi_conf() -> str:

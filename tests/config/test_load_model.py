@@ -161,7 +161,8 @@ def test_loading_does_not_change_what_an_earlier_load_gave(files: Files) -> None
 # Bad input: (text of model.yaml, message, part of the hint)
 
 POOL_KEYS = (
-    "nodes, replicas, tensor_parallel, pipeline_parallel, data_parallel, expert_parallel, engine_args, env"
+    "nodes, node_type, replicas, tensor_parallel, pipeline_parallel, data_parallel, expert_parallel, "
+    "engine_args, env"
 )
 
 BAD = {

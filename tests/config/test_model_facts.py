@@ -50,6 +50,7 @@ def test_reads_a_directory(files: Files) -> None:
         num_experts=None,
         max_position_embeddings=131072,
         weight_bytes=1000,
+        kv_values=2 * 8 * 128,
         dtype="bfloat16",
     )
 
@@ -163,3 +164,44 @@ def test_refuses(files: Files, name: str, message: str) -> None:
         read_facts(name, environ=files.environ())
     assert caught.value.message == message
     assert caught.value.hint
+
+
+DEEPSEEK = {
+    "num_attention_heads": 128, "num_hidden_layers": 61, "hidden_size": 7168, "n_routed_experts": 256,
+    "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
+    "torch_dtype": "bfloat16", "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+    "quantization_config": {"quant_method": "fp8"},
+}  # fmt: skip
+
+
+def test_experts_of_a_quantized_model_are_counted(files: Files) -> None:
+    found = facts(model(files, "r1", DEEPSEEK))
+    assert found.expert_bytes == (61 - 3 + 1) * 256 * 3 * 7168 * 2048
+    assert (found.kv_values, found.kv_latent, found.kv_bytes) == (576, True, 576 * 61 * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": {"quant_method": "awq"}},
+        {"decoder_sparse_step": 2},
+        {"mlp_only_layers": [0]},
+        {"moe_intermediate_size": None},
+    ],
+)
+def test_experts_that_are_not_plain_are_not_guessed(files: Files, change: dict[str, Any]) -> None:
+    assert facts(model(files, "moe", {**DEEPSEEK, **change})).expert_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ({}, 2 * 8 * 128),
+        ({"head_dim": 64}, 2 * 8 * 64),
+        ({"sliding_window": 4096}, None),
+        ({"sliding_window": 4096, "use_sliding_window": False}, 2 * 8 * 128),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, None),
+    ],
+)
+def test_kv_cache_of_a_token(files: Files, change: dict[str, Any], values: int | None) -> None:
+    assert facts(model(files, "llama", {**LLAMA, **change})).kv_values == values

@@ -257,3 +257,29 @@ def test_a_missing_site_file_is_an_error(files: Files) -> None:
 def test_a_broken_site_does_not_disturb_one_chosen_by_name(files: Files) -> None:
     files.write(f"{USER}/broken.yaml", "node: {")
     assert find_site("local", environ=files.environ(), hostname="x").value.name == "local"
+
+
+def test_types_of_nodes_are_read_by_name_and_laid_on_those_of_the_site_below(files: Files) -> None:
+    files.write(f"{USER}/base.yaml", "extends: dgx-h100\nnode_types: {l40s: {gpus: 4, partition: small}}\n")
+    files.write(f"{USER}/mine.yaml", "extends: base\nnode_types:\n  l40s: {gpu_memory_gib: 48}\n")
+    found = find_site("mine", environ=files.environ(), hostname="x")
+    l40s = found.value.node_types["l40s"]
+    assert (l40s.gpus, l40s.gpu_memory_gib, l40s.partition) == (4, 48, "small")
+    assert found.origins["node_types.l40s.gpu_memory_gib"].endswith("mine.yaml:3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node_types: [l40s]", r"site\.yaml:2: key 'node_types' must be a mapping"),
+        ("node_types: {l40s: 4}", r"site\.yaml:2: key 'node_types\.l40s' must be a mapping"),
+        ("node_types: {'l 4': {gpus: 4}}", r"site\.yaml:2: key 'node_types\.l 4' must be a name"),
+        ("node_types: {l40s: {}}", r"site\.yaml:2: key 'node_types\.l40s\.gpus' is missing"),
+        ("node_types: {l40s: {gpu: 4}}", r"site\.yaml:2: key 'node_types\.l40s\.gpu' must be text"),
+        ("node_types: {l40s: {cpu: 4}}", r"site\.yaml:2: key 'node_types\.l40s\.cpu' is unknown"),
+    ],
+)
+def test_types_of_nodes_are_checked(files: Files, text: str, message: str) -> None:
+    files.write("site.yaml", f"extends: dgx-h100\n{text}\n")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        find_site("site.yaml", environ=files.environ(), hostname="x")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import pytest
 
 from hpcserve.config.model import RoleSpec
+from hpcserve.render.engine import engine_commands
 from tests.plan.cases import model, site, tp
+from tests.render.golden import RECIPES, recipe
 
 from .cases import command
 
@@ -32,11 +36,18 @@ for argv in json.load(sys.stdin):
         "headless": args.headless, "nnodes": args.nnodes, "middleware": args.middleware,
         "served": args.served_model_name, "shutdown": args.shutdown_timeout,
         "role": transfer and transfer.kv_role, "seqs": args.max_num_seqs,
+        "parallel": [args.tensor_parallel_size, args.data_parallel_size, args.enable_expert_parallel],
         "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
         "cumem": args.enable_cumem_allocator,
     })
 print("READ" + json.dumps(read))
 """
+
+
+def _filled_in(argv: Sequence[str]) -> list[str]:
+    """The words of a dry run, with what a job puts in the place of its variables."""
+    words = [word for word in argv if word != "serve"]
+    return [re.sub(r"\$[A-Z_]+_PORT", "20001", word).replace("$ADDRESS", "10.0.0.1") for word in words]
 
 
 @pytest.mark.engine
@@ -57,8 +68,10 @@ def test_vllm_reads_every_command_line() -> None:
         command(wide, site(), replica="prefill-0", nodes=3, node=1),
         command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
     ]
+    shown = [placed for name in RECIPES for placed in engine_commands(recipe(name))]
     # `serve` is the name of a subcommand; its parser reads the rest.
     argvs = [[word for word in each.argv[3:] if word != "serve"] for each in made]
+    argvs += [_filled_in(command.argv[3:]) for _, _, command in shown]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READ],
         input=json.dumps(argvs),
@@ -69,7 +82,14 @@ def test_vllm_reads_every_command_line() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("READ")]
-    prefill, decode, head, second, alone = json.loads(line.removeprefix("READ"))
+    prefill, decode, head, second, alone, *recipes = json.loads(line.removeprefix("READ"))
+    assert len(recipes) == len(shown)
+    for (replica, rank, _), found in zip(shown, recipes, strict=True):
+        assert found["role"] == {"prefill": "kv_producer", "decode": "kv_consumer"}[replica.role]
+        assert found["headless"] == (rank != replica.nodes[0])
+        assert found["parallel"] == [
+            replica.tensor_parallel, replica.data_parallel, replica.expert_parallel
+        ]  # fmt: skip
     assert (prefill["role"], decode["role"], alone["role"]) == ("kv_producer", "kv_consumer", None)
     assert (prefill["host"], prefill["port"], prefill["model"]) == ("10.0.0.1", 20001, "/models/llama")
     assert prefill["middleware"] == ["hpcserve.engines.vllm_guard.JobKeyGuard"]

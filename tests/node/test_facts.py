@@ -23,7 +23,7 @@ from hpcserve.node.discovery.topology import ask_block, block_of, leaf_of
 from hpcserve.node.fabric.rails import sort_out
 from hpcserve.node.head.walltime import end_time, parse_end_time
 from hpcserve.node.ports import PortRange, ephemeral_range, hold, listen
-from hpcserve.node.rank import attempt_of, rank_of
+from hpcserve.node.rank import attempt_of, node_names, rank_of
 from hpcserve.node.rendezvous.check import check_facts
 
 from .runs import make_plan, replica
@@ -489,3 +489,15 @@ def test_the_block_is_asked_of_slurm_where_srun_does_not_say_it(tmp_path: Path) 
     program.chmod(0o755)
     assert ask_block("node3", {"PATH": str(tmp_path)}) == "b2"
     assert ask_block("node3", {"PATH": "/nonexistent"}) is None
+
+
+def test_a_heterogeneous_job_ends_when_its_first_component_does() -> None:
+    text = "2026-01-02T03:04:05\n2026-01-02T03:04:05\n"
+    assert parse_end_time(text) == parse_end_time("2026-01-02T03:04:05")
+
+
+def test_ranks_of_a_heterogeneous_job_follow_its_components() -> None:
+    step = {"SLURM_STEP_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST": "n[1-3]"}
+    groups = {"SLURM_JOB_NODELIST_HET_GROUP_0": "n3", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[1-2]"}
+    assert node_names({**step, "SLURM_HET_SIZE": "2", **groups}) == ("n3", "n1", "n2")
+    assert node_names(step) == ("n1", "n2", "n3")

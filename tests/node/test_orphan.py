@@ -14,7 +14,7 @@ from hpcserve.node.agent import orphan
 from hpcserve.node.agent.orphan import EVERY, PATIENCE, Pause
 from hpcserve.node.inputs import Inputs, load_inputs
 from tests.slurm.fake_slurm import FakeSlurm
-from tests.slurm.test_allocation import ORPHAN
+from tests.slurm.test_allocation import HEADLESS, ORPHAN
 
 from .runs import environment, events, make_plan, make_run
 
@@ -72,6 +72,14 @@ def test_an_orphan_is_cancelled_and_the_log_says_why(inputs: Inputs, fake: FakeS
     assert fake.calls() == ["scontrol show job --oneliner 29", "scancel 29"]
     [failed] = events(inputs.run, "failed")
     assert failed["message"] == "the head node n1 died" and failed["exit_code"] == 6
+
+
+def test_what_is_left_of_a_heterogeneous_job_is_cancelled(inputs: Inputs, fake: FakeSlurm) -> None:
+    fake.says("scontrol", HEADLESS)
+    asyncio.run(end_orphan(inputs, pauses()[1]))
+    assert fake.calls()[-1] == "scancel 29"
+    [failed] = events(inputs.run, "failed")
+    assert failed["message"] == "the head node n3 died"
 
 
 def test_a_full_disk_does_not_keep_the_nodes(inputs: Inputs, fake: FakeSlurm) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpcserve.config.model import ModelSpec, RoleSpec
-from hpcserve.config.site import ContainerSite, NodeSite, Site, SlurmSite
+from hpcserve.config.model import ModelSpec, RoleSpec, WorkloadSpec
+from hpcserve.config.site import ContainerSite, NodeSite, NodeType, Site, SlurmSite
 from hpcserve.config.sites import find_site
 from hpcserve.plan.plan import Plan
 from hpcserve.plan.planner import make_plan
@@ -54,5 +54,15 @@ def aggregated(**values: Any) -> ModelSpec:
     return ModelSpec(model="/models/llama", aggregated=RoleSpec(), **values)
 
 
-__all__ = ["PYTHON", "RUN_DIR", "SHIPPED", "ContainerSite", "aggregated", "contained", "dgx", "local", "pair",
-           "plan", "shipped"]  # fmt: skip
+def mixed(runtime: str = "none") -> Plan:
+    """Prefill on four L40S a node, decode on eight H100: a heterogeneous job."""
+    l40s = NodeType(gpus=4, gpu_memory_gib=48, partition="gpu-l40s", gpu_type="l40s")
+    site = replace(shipped("dgx-h100"), name="dgx-h100-l40s", node_types={"l40s": l40s})
+    site = replace(site, slurm=replace(site.slurm, partition="gpu-h100", gpu_type="h100"))
+    model = pair(workload=WorkloadSpec(input_tokens=6000, output_tokens=500))
+    model = replace(model, prefill=RoleSpec(node_type="l40s", nodes=4), decode=RoleSpec(nodes=2))
+    return plan(contained(site, runtime) if runtime != "none" else site, model=model)
+
+
+__all__ = ["PYTHON", "RUN_DIR", "SHIPPED", "ContainerSite", "aggregated", "contained", "dgx", "local",
+           "mixed", "pair", "plan", "shipped"]  # fmt: skip

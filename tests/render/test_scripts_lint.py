@@ -6,6 +6,7 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hpcserve.plan.plan import Plan
 from hpcserve.render.engine import render_commands
 from hpcserve.render.script import render_script
 
-from .cases import IMAGES, PYTHON, SHIPPED, aggregated, contained, dgx, local, pair, plan, shipped
+from .cases import IMAGES, PYTHON, SHIPPED, aggregated, contained, dgx, local, mixed, pair, plan, shipped
 
 NODES = (1, 2, 8, 18)
 LITERAL = ("--severity=style", "--exclude=SC2016")
@@ -37,6 +38,9 @@ def matrix() -> Iterator[tuple[str, Plan]]:
             assert _expected(shipped(name), runtime, nodes, layout), (
                 f"{name} {nodes} {layout} {runtime}: {error}"
             )
+
+    for runtime in IMAGES:
+        yield f"heterogeneous-{runtime}", mixed(runtime)
 
 
 def _expected(site: Site, runtime: str, nodes: int, layout: str) -> bool:
@@ -186,6 +190,24 @@ def test_a_job_that_fits_into_an_nvlink_domain_asks_for_one(
     asked = directives(plan(site, model=ModelSpec(model="/m", **pools), nodes=nodes))
     found = [line for line in asked if line.startswith("--segment")]
     assert found == ([] if segment is None else [f"--segment={segment}"])
+
+
+def test_a_segment_is_a_divisor_of_the_job_that_cuts_no_replica() -> None:
+    def asked(prefill: int, decode: int, of: int, domain: int = 1, wide: int = 8) -> list[str]:
+        site = dgx(segment=True)
+        site = replace(site, node=replace(site.node, nvlink_domain_nodes=domain))
+        model = ModelSpec(
+            model="/m",
+            prefill=RoleSpec(tensor_parallel=wide, nodes=prefill),
+            decode=RoleSpec(tensor_parallel=8, data_parallel=of, nodes=decode),
+        )
+        return [line for line in directives(plan(site, model=model)) if "segment" in line]
+
+    assert asked(4, 4, of=4) == ["--segment=4"]
+    assert asked(2, 4, of=4) == ["--segment=6"]  # ranks 2 to 5: neither 2 nor 3 is wide enough
+    assert asked(10, 8, of=8, domain=16) == ["--segment=9"]
+    assert asked(10, 8, of=8, domain=16, wide=16) == []  # 9 would cut the replica on 8 and 9
+    assert asked(10, 8, of=8, domain=8) == []  # no block is as large
 
 
 def test_a_line_break_in_a_value_is_refused() -> None:

@@ -13,7 +13,7 @@ from hpcserve.plan.plan import BatchPlan
 from hpcserve.render.script import render_script
 from hpcserve.rundir.events import read_events
 
-from .cases import aggregated, contained, dgx, local, pair, plan
+from .cases import aggregated, contained, dgx, local, mixed, pair, plan
 from .job import Job
 
 SERVES = {"agent": "terms 1 0", "head": "after 1 0"}
@@ -43,6 +43,27 @@ def test_rendezvous_then_agents_then_head(tmp_path: Path) -> None:
         "python",
         ["-m", "hpcserve.node", "head", "--run-dir", str(tmp_path / "run")],
     )
+
+
+def test_a_heterogeneous_job_logs_by_rank_and_goes_on_without_mpi(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    text = render_script(mixed(), directory, python="python")
+    # MPI dies before a rank begins, as it does with PMIx of Slurm 22.05.
+    programs = {**SERVES, "rendezvous-mpi": "exit 137"}
+    done = Job(tmp_path, text, directory, programs).run(SLURM_PROCID="1")
+    assert done.status == 0, done.errors
+    assert "warning: MPI ended with status 137" in done.errors
+    assert [name for name in done.programs if name.startswith("rendezvous")] == [
+        "rendezvous-mpi",
+        "rendezvous-tcp",
+    ]
+    for program in ("rendezvous-tcp", "agent"):
+        argv = done.call(program).argv
+        assert "--het-group=0-1" in argv and "--ntasks-per-node=1" in argv
+        assert not any(word.startswith(("--nodes", "--ntasks=", "--output")) for word in argv)
+        wrapped = argv[argv.index("bash") :]
+        log = str(directory / "logs" / program.removesuffix("-tcp"))
+        assert wrapped[1] == "-c" and wrapped[3:5] == ["bash", log]
 
 
 def test_agents_are_told_to_end_when_the_head_has_ended(tmp_path: Path) -> None:

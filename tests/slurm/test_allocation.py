@@ -41,6 +41,31 @@ def test_what_is_no_orphan(part: str, instead: str) -> None:
     assert found is not None and not found.orphaned
 
 
+# Of Slurm 22.05: the head node n3 died, and with it the first component.
+HEADLESS = (
+    "JobId=3 HetJobId=3 HetJobOffset=0 JobName=het HetJobIdSet=3-4 JobState=NODE_FAIL Requeue=0"
+    " ReqNodeList=(null) ExcNodeList=(null) NodeList=n3 BatchHost=n3 NumNodes=1\n"
+    "JobId=4 HetJobId=3 HetJobOffset=1 JobName=het HetJobIdSet=3-4 JobState=RUNNING Reason=None Requeue=0"
+    " ReqNodeList=(null) ExcNodeList=(null) NodeList=n[1-2] BatchHost=n1 NumNodes=2\n"
+)
+
+
+def test_a_component_that_outlives_the_job_script_is_an_orphan() -> None:
+    found = read_allocation(HEADLESS)
+    assert found is not None and found.runs and found.orphaned and found.batch_host == "n3"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "runs"),
+    [("RUNNING", "RUNNING", True), ("RUNNING", "NODE_FAIL", True), ("COMPLETING", "RUNNING", True),
+     ("NODE_FAIL", "CANCELLED", False), ("PENDING", "PENDING", False)],
+)  # fmt: skip
+def test_a_heterogeneous_job_with_its_script_is_no_orphan(first: str, second: str, runs: bool) -> None:
+    text = HEADLESS.replace("JobState=RUNNING", f"JobState={second}").replace("NODE_FAIL", first, 1)
+    found = read_allocation(text)
+    assert found is not None and found.runs == runs and not found.orphaned
+
+
 @pytest.mark.parametrize("text", ["", "slurm_load_jobs error: Invalid job id specified\n"])
 def test_what_is_no_job(text: str) -> None:
     assert read_allocation(text) is None

@@ -71,6 +71,30 @@ def test_squeue_lines_become_states() -> None:
     assert not jobs["104"].over
 
 
+# Of Slurm 22.05, which does not keep the order of the components.
+HET = "1+1|RUNNING|1790000000|1790003600|n[1-2]|None\n1+0|RUNNING|1790000000|1790003600|n3|None\n"
+
+
+def test_components_of_a_heterogeneous_job_are_one_job() -> None:
+    jobs = parse.squeue(HET + "4|PENDING|N/A|N/A||Priority\n")
+    assert set(jobs) == {"1", "4"}
+    assert (jobs["1"].job_id, jobs["1"].state, jobs["1"].nodes) == ("1", "RUNNING", ("n3", "n1", "n2"))
+
+
+def test_a_heterogeneous_job_is_over_when_all_its_components_are() -> None:
+    headless = HET.replace("1+0|RUNNING", "1+0|NODE_FAIL")
+    assert parse.squeue(headless)["1"].phase == "ending"
+    ended = headless.replace("1+1|RUNNING", "1+1|CANCELLED")
+    assert parse.squeue(ended)["1"].state == "NODE_FAIL"
+    lost_one = HET.replace("1+1|RUNNING", "1+1|NODE_FAIL")
+    assert parse.squeue(lost_one)["1"].phase == "running"
+
+
+def test_the_component_that_can_never_start_says_why_the_others_wait() -> None:
+    waits = "1+0|PENDING|N/A|N/A||Resources\n1+1|PENDING|N/A|N/A||PartitionNodeLimit\n"
+    assert "more nodes than the partition allows" in parse.squeue(waits)["1"].words
+
+
 def test_iso_times_are_read_as_local_time() -> None:
     # Slurm before 20.02 ignores SLURM_TIME_FORMAT=%s in some commands.
     assert parse.time_of("2026-11-21T01:02:03") == pytest.approx(parse.time_of("2026-11-21T01:02:04"), abs=1)

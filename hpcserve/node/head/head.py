@@ -334,9 +334,7 @@ class Head:
             order["command"] = "drain"
         return {
             **order,
-            "leaders": self._registry.leaders(beat.rank),
-            "restart": self._registry.restarts(beat.rank),
-            "seats": self._registry.seats(beat.rank),
+            **self._registry.orders(beat.rank),
             "kv_round": self._router.kv_round,
         }
 

@@ -272,6 +272,14 @@ class Registry:
         """No agent has an engine running, as far as anybody can tell."""
         return all(agent.done or agent.lost or agent.seen is None for agent in self.agents.values())
 
+    def orders(self, rank: int) -> dict[str, Any]:
+        """For the agent of `rank`: what it must know of the replicas that it has a part in."""
+        return {
+            "leaders": self.leaders(rank),
+            "restart": self.restarts(rank),
+            "seats": self.seats(rank),
+        }
+
     def leaders(self, rank: int) -> dict[str, dict[str, Any]]:
         """For the agent of `rank`: generation and ports of the heads of replicas whose further process
         it carries. A replica whose head is not running is not in it."""

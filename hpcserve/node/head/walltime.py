@@ -36,7 +36,8 @@ def end_time(environ: Mapping[str, str]) -> float | None:
 def parse_end_time(text: str) -> float | None:
     """The end in `squeue --format=%e` or `scontrol show job` output, local time; None for `Unknown`."""
     found = re.search(r"EndTime=(\S+)", text)
-    stamp = _TIME.fullmatch(found[1] if found else text.strip())
+    # One line for each component of a heterogeneous job; they end together.
+    stamp = _TIME.fullmatch(found[1] if found else text.strip().partition("\n")[0])
     return time.mktime(time.strptime(stamp[0], "%Y-%m-%dT%H:%M:%S")) if stamp else None
 
 

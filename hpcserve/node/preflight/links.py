@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..discovery.fabric import SYSFS, HcaPort
+from ..discovery.fabric import HcaPort
+from ..discovery.pci import SYSFS
 
 
 def link_gbs(devices: Iterable[str], ports: Iterable[HcaPort], sysfs: Path = SYSFS) -> float | None:
