@@ -216,7 +216,7 @@ def test_term_during_the_preflight_ends_it_and_the_job(tmp_path: Path) -> None:
 )
 def test_no_preflight_where_no_kv_crosses_a_link(tmp_path: Path, site: Site, model: ModelSpec) -> None:
     script = render_script(plan(site, model=model, nodes=2), tmp_path, python="python")
-    assert "preflight" not in script
+    assert "hpcserve.node preflight" not in script
 
 
 def test_term_during_the_rendezvous_starts_nothing_more(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ SERVES = {"agent": "terms 1 0", "head": "after 1 0"}
 
 def job(root: Path, programs: dict[str, str], site: Site | None = None) -> Job:
     directory = root / "run"
-    what = plan(site or dgx(), model=pair(stage=True), nodes=2)
+    what = plan(site or dgx(), model=pair(stage=True, kv_preflight=False), nodes=2)
     return Job(root, render_script(what, directory, python="python"), directory, programs)
 
 
@@ -62,10 +62,9 @@ def test_local_ranks_stage_each(tmp_path: Path) -> None:
 
 def test_a_container_sees_the_nodes_own_tmp(tmp_path: Path) -> None:
     site = contained(dgx(), "pyxis")
-    assert "/tmp:/tmp" not in binds(plan(site, model=pair()), RUN_DIR)
     assert "/tmp:/tmp" in binds(plan(site, model=pair(stage=True)), RUN_DIR)
     nvme = replace(site, storage=StorageSite(node_local="/nvme"))
-    assert binds(plan(nvme, model=pair(stage=True)), RUN_DIR)[-1] == "/nvme:/nvme"
+    assert binds(plan(nvme, model=pair(stage=True)), RUN_DIR)[0] == "/nvme:/nvme"
 
 
 def test_commands_to_read_leave_the_path_to_the_job() -> None:
