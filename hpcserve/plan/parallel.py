@@ -244,8 +244,27 @@ def _use_of_memory(shape: Shape, facts: ModelFacts, gpu_bytes: int, weights: flo
     return f"{gib(weights)} of weights, {gib(left)} left{kept}", reason
 
 
+def _wide(shape: Shape, facts: ModelFacts, machine: Machine) -> int | None:
+    """Data-parallel ranks of one GPU, on whole nodes, over which the experts comfortably fit."""
+    if not facts.num_experts or not ABILITIES[machine.engine].spans_nodes or machine.gpu_bytes is None:
+        return None
+    for nodes in (1, 2, 4, 8, 16):
+        wide = replace(shape, tensor=1, pipeline=1, data=nodes * shape.slots, expert=True)
+        each = _weights_each(wide, facts)
+        if each is not None and each <= COMFORTABLE * machine.gpu_bytes:
+            return wide.data
+    return None
+
+
 def _memory_remedy(role: Role, shape: Shape, facts: ModelFacts, machine: Machine, room: float) -> str:
     """What to set so that a GPU's weights take at most `room` bytes."""
+    wide = _wide(shape, facts, machine) if facts.kv_latent and not shape.expert else None
+    if wide is not None:
+        sizes = f"tensor_parallel: 1, data_parallel: {wide}, expert_parallel: true"
+        return (
+            f"set `{role}: {{{sizes}}}` ({count(wide // shape.slots, 'node')}): more tensor_parallel "
+            "would keep the same KV cache on every GPU, as this model's heads share one latent vector"
+        )
     fitting = next(
         (
             size

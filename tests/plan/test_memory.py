@@ -62,3 +62,13 @@ def test_a_replica_too_narrow_for_the_layers_that_every_rank_has_is_refused() ->
         "aggregated: 641 GiB of weights over 8 GPUs is 99 GiB each, but a GPU has 80 GiB"
     )
     assert caught.value.hint == "set `aggregated.tensor_parallel: 2`"
+
+
+def test_a_model_with_latent_attention_is_told_to_go_wide() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(at=site(), nodes=8, facts=stated("DeepSeek-R1"))
+    assert "641 GiB of weights over 8 GPUs is 80 GiB each" in caught.value.message
+    assert caught.value.hint is not None
+    assert "{tensor_parallel: 1, data_parallel: 32, expert_parallel: true}" in caught.value.hint
+    wide = tp(1, data_parallel=32, expert_parallel=True)
+    assert len(plan(model(prefill=wide, decode=wide), nodes=8, facts=stated("DeepSeek-R1")).replicas) == 2
