@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RunError
 from .arguments import Parser, add_json, add_run
 from .fabric import show
-from .ladder import begin, duration, fold, rungs, with_joined
+from .ladder import Progress, begin, duration, fold, rungs, with_joined
 from .named import named_run, plan_of
 from .output import print_json, table, warn
 
@@ -43,8 +43,11 @@ def run(args: argparse.Namespace) -> int:
         print_json(_document(seen, status))
         return 0
     print(_headline(seen))
-    for rung in _ladder(seen):
+    progress = _progress(seen)
+    for rung in _ladder(seen, progress):
         print(f"  {rung}")
+    for message, hint in progress.warnings:
+        warn(message, hint)
     replicas = status.get("replicas") if status else None
     if replicas:
         print(_replicas(replicas, (status or {}).get("workers") or ()))
@@ -102,20 +105,23 @@ def _headline(seen: Overview) -> str:
     return f"{record.run_id} ({job} at {record.site}{left}) is {seen.state}{detail}"
 
 
-def _ladder(seen: Overview) -> list[str]:
-    """The rungs reached so far, with the time each took since the launch."""
+def _progress(seen: Overview) -> Progress:
     from ..control import events
     from .live import joined
 
     run = seen.run
     progress = begin(plan_of(run), run.record.created)
     progress = fold(progress, events(run))
-    progress = with_joined(progress, joined(run), time.time())
+    return with_joined(progress, joined(run), time.time())
+
+
+def _ladder(seen: Overview, progress: Progress) -> list[str]:
+    """The rungs reached so far, with the time each took since the launch."""
     lines = []
     for rung in rungs(progress, time.time()):
         if rung.state == "ahead" or (rung.state == "now" and not rung.text):
             continue
-        since = "" if rung.at is None else duration(rung.at - run.record.created)
+        since = "" if rung.at is None else duration(rung.at - seen.run.record.created)
         lines.append(f"{since:>8}  {rung.name}{f': {rung.text}' if rung.text else ''}")
     return lines
 

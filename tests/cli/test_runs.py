@@ -79,6 +79,14 @@ def test_status_shows_the_fabric_with_reasons(world: World) -> None:
     assert json.loads(world("status", "eval", "--fabric", "--json").out)["replicas"] == seen["replicas"]
 
 
+def test_status_repeats_the_warnings_of_the_run(world: World) -> None:
+    submit(world, job=writes_events({"event": "warning", "message": "KV over TCP", "hint": "ask ibstat"}))
+    answer = world("status", "eval")
+    assert answer.status == 0
+    assert "warning: KV over TCP" in answer.err
+    assert "hint: ask ibstat" in answer.err
+
+
 def test_ls_still_lists_when_slurm_is_down(world: World) -> None:
     submit(world)
     world.slurm.is_down()
