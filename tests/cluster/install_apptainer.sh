@@ -14,12 +14,15 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/lists/partial" "$work/archives/partial" "$work/debs" "$work/tree"
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 # The mirror that this machine takes Debian from.
-# shellcheck disable=SC2016  # apt fills them in
-mirror=$(apt-get indextargets --format '$(SITE) $(ORIGIN) $(CODENAME)' 2>/dev/null |
-    awk '$2 == "Debian" && $3 == "bookworm" { print $1; exit }')
+mirror_of_apt() {
+    # shellcheck disable=SC2016  # apt fills them in
+    apt-get indextargets --format '$(SITE) $(ORIGIN) $(CODENAME)' |
+        awk '$2 == "Debian" && $3 == "bookworm" { print $1; exit }'
+}
+mirror=$(mirror_of_apt)
 if [ -z "$mirror" ]; then
-    echo "install_apptainer.sh: apt names no mirror of Debian 12" >&2
-    exit 1
+    apt-get update --quiet=2
+    mirror=$(mirror_of_apt)
 fi
 echo "deb [signed-by=$keys] $mirror unstable main" >"$work/sources.list"
 apt=(apt-get --quiet=2 -o "Dir::State::lists=$work/lists" -o Dir::State::status=/dev/null

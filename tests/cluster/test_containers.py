@@ -154,3 +154,24 @@ def test_pyxis_serves_from_a_squashfs_file(
     assert run.events("rendezvous")[0]["transport"] == ("mpi" if pmi_hook else "tcp"), run.logs()
     warned = "warning: the rendezvous can't use mpi here" in (run.run_dir / "logs/job.log").read_text()
     assert warned is not pmi_hook
+
+
+def test_the_stand_in_for_pyxis_treats_a_step_as_pyxis_does(cluster: Testbed, sqsh: Path) -> None:
+    step = ["srun", "--nodes=1", "--ntasks=1", f"--container-image={sqsh}"]
+    env = {"BOTH_SAY": "job", "JOB_SAYS": "job", "LANG": "C.UTF-8"}
+
+    def seen(*flags: str) -> set[str]:
+        return set(cluster.as_user("hsuser", [*step, *flags, "/usr/bin/env"], env).stdout.splitlines())
+
+    with pyxis(pmi_hook=False):
+        plain = seen()
+        assert {"BOTH_SAY=image", "JOB_SAYS=job", "IMAGE_SAYS=image"} <= plain
+        assert not any(line.startswith("LANG=") for line in plain)
+        assert {"BOTH_SAY=job", "LANG=C.UTF-8"} <= seen("--container-env=BOTH_SAY,LANG")
+        missing = cluster.as_user(
+            "hsuser", [*step, "--container-mounts=/nowhere:/x", "/usr/bin/env"], check=False
+        )
+        assert missing.returncode != 0
+        script = ["sbatch", f"--container-image={sqsh}", "--wrap=true"]
+        assert cluster.as_user("hsuser", script, check=False).returncode != 0
+    assert cluster.as_user("hsuser", [*step, "/usr/bin/env"], check=False).returncode != 0
