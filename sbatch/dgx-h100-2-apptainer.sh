@@ -70,7 +70,7 @@ apptainer=$(command -v apptainer || command -v singularity) || {
   say "hint: load its module in \`setup\` of the site config"
   exit 3
 }
-inside=("$apptainer" exec --nv "--bind=/tmp:/tmp" "--bind=/scratch/alice/hpcserve/llama:/scratch/alice/hpcserve/llama" "--bind=/models/llama:/models/llama:ro" "/images/hpcserve.sif")
+inside=("$apptainer" exec --nv "--bind=/tmp:/tmp" "--bind=/scratch/alice/hpcserve:/scratch/alice/hpcserve" "--bind=/models/llama:/models/llama:ro" "/images/hpcserve.sif")
 python=python3
 # Asked to stop while it waited to start again: then it must not come back.
 if [ -e "$HPCSERVE_RUN_DIR/stop" ]; then

@@ -24,15 +24,20 @@ _AGAIN = "remove it and run `hpcserve image pull` again"
 
 def check_image(path: Path, *, runtime: Literal["pyxis", "apptainer"], arch: str) -> None:
     """Raises StorageError for what is no image of this runtime, is cut off, or is for other processors."""
+    wrong = fault(path, runtime=runtime, arch=arch)
+    if wrong is not None:
+        raise StorageError(f"the image {path} {wrong}", hint=_AGAIN)
+
+
+def fault(path: Path, *, runtime: Literal["pyxis", "apptainer"], arch: str) -> str | None:
+    """What is wrong with the file, in words that follow its name; None if nothing. Raises StorageError."""
     try:
         with path.open("rb") as file:
             head = file.read(_SIF.size)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise StorageError(f"can't read the image {path}: {error.strerror}", hint=_AGAIN) from error
-    wrong = _sif(head, size, arch) if runtime == "apptainer" else _squashfs(head, size)
-    if wrong is not None:
-        raise StorageError(f"the image {path} {wrong}", hint=_AGAIN)
+    return _sif(head, size, arch) if runtime == "apptainer" else _squashfs(head, size)
 
 
 def _sif(head: bytes, size: int, arch: str) -> str | None:

@@ -22,7 +22,7 @@ from ..config.site import Site
 from ..errors import ConfigError, StorageError
 from ..rundir.atomic import read_json, storage_error, write_json
 from . import lock
-from .check import check_image
+from .check import check_image, fault
 
 _PROGRAMS = {"apptainer": ("apptainer", "singularity"), "pyxis": ("enroot",)}
 _GO_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -48,7 +48,7 @@ class Image:
 def registry_image(site: Site, environ: Mapping[str, str]) -> Image | None:
     """The image that must be pulled before a launch; None for a site without, or with a plain file.
 
-    Raises ConfigError when `container.cache` is no absolute path.
+    Raises ConfigError when `container.cache` is no absolute path, and for an image that enroot can't pull.
     """
     container = site.container
     if container.runtime == "none" or container.image is None:
@@ -56,6 +56,11 @@ def registry_image(site: Site, environ: Mapping[str, str]) -> Image | None:
     found = reference(container.image)
     if found is None:
         return None
+    if container.runtime == "pyxis" and found.scheme != "docker":
+        raise ConfigError(
+            f"container.image of site {site.name} is {container.image}, and enroot knows docker:// alone",
+            hint="name a docker image, or convert that one to a .sqsh file and name the file",
+        )
     text = os.path.expandvars(image_path(container))
     if "$" in text or not text.startswith("/"):
         raise ConfigError(
@@ -182,7 +187,12 @@ def _fetch(image: Image, work: Path, program: str, environ: Mapping[str, str]) -
 
 def _publish(image: Image, work: Path, program: str, held: lock.Lock) -> None:
     target = work / image.path.name
-    check_image(target, runtime=image.runtime, arch=image.arch)
+    wrong = fault(target, runtime=image.runtime, arch=image.arch)
+    if wrong is not None:
+        raise StorageError(
+            f"{program} fetched {image.reference.for_apptainer()}, but the file {wrong}",
+            hint="pull again; if it stays so, look at the image's name and at `node.arch` of the site",
+        )
     try:
         with target.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -58,7 +58,8 @@ def binds(plan: Plan, run_dir: Path) -> list[str]:
 
 
 def _own_paths(plan: Plan, run_dir: Path) -> Iterator[tuple[str, str]]:
-    yield str(run_dir), ""
+    # With the keys and the usage of all runs, which are beside it.
+    yield str(run_dir.parent), ""
     if plan.model.model.startswith("/"):
         path = plan.model.model.rstrip("/")
         # In a cache of the Hugging Face hub the files of a snapshot are links to a directory beside it.

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from . import paths
@@ -74,6 +75,7 @@ def _make(image: Path, argv: list[str]) -> None:
     part.replace(image)
 
 
+@cache
 def _rootfs() -> Path:
     root = DIRECTORY / "rootfs"
     if root.is_dir():

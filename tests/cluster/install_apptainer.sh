@@ -14,9 +14,17 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/lists/partial" "$work/archives/partial" "$work/debs" "$work/tree"
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 # The mirror that this machine takes Debian from.
-mirror=$(apt-get indextargets --format '$(SITE) $(ORIGIN) $(CODENAME)' 2>/dev/null |
-    awk '$2 == "Debian" && $3 == "bookworm" { print $1; exit }')
-echo "deb [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} unstable main" >"$work/sources.list"
+mirror_of_apt() {
+    # shellcheck disable=SC2016  # apt fills them in
+    apt-get indextargets --format '$(SITE) $(ORIGIN) $(CODENAME)' |
+        awk '$2 == "Debian" && $3 == "bookworm" { print $1; exit }'
+}
+mirror=$(mirror_of_apt)
+if [ -z "$mirror" ]; then
+    apt-get update --quiet=2
+    mirror=$(mirror_of_apt)
+fi
+echo "deb [signed-by=$keys] $mirror unstable main" >"$work/sources.list"
 apt=(apt-get --quiet=2 -o "Dir::State::lists=$work/lists" -o Dir::State::status=/dev/null
     -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::Cache=$work"
     -o APT::Sandbox::User=root)

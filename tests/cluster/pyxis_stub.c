@@ -19,6 +19,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pwd.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -43,6 +44,7 @@ static char *mounts[MOST], *kept[MOST];
 static int mount_count, kept_count;
 static int mount_home = -1, writable = -1;
 static char rootfs[128];
+static int set_up = -1;
 
 static int split(const char *text, char **into, int *count)
 {
@@ -143,16 +145,56 @@ static int run(uid_t uid, gid_t gid, char *const argv[])
 	return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : -1;
 }
 
-/* Once per step and node, with the user's rights: what `enroot create` does. */
-int slurm_spank_user_init(spank_t sp, int ac, char **av)
+static int fail(const char *what, const char *path)
+{
+	slurm_error("pyxis: %s %s: %s", what, path, strerror(errno));
+	return -1;
+}
+
+/* Directories on the way to `path`, and `path` itself as a directory or, for a file, as an empty file. */
+static int make_target(char *path, bool directory)
+{
+	for (char *slash = strchr(path + 1, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
+		*slash = '\0';
+		if (mkdir(path, 0755) < 0 && errno != EEXIST)
+			return fail("mkdir", path);
+		*slash = '/';
+	}
+	if (directory)
+		return mkdir(path, 0755) < 0 && errno != EEXIST ? fail("mkdir", path) : 0;
+	int fd = open(path, O_WRONLY | O_CREAT, 0644);
+
+	if (fd < 0)
+		return fail("create", path);
+	close(fd);
+	return 0;
+}
+
+/* What enroot's hook 10-shadow does: the user has a name and a home directory of its own inside. */
+static int add_user(uid_t uid, gid_t gid)
+{
+	char path[PATH_MAX];
+	struct passwd *user = getpwuid(uid);
+	FILE *file;
+
+	if (user == NULL)
+		return fail("look up", "the user");
+	snprintf(path, sizeof(path), "%s/etc/passwd", rootfs);
+	if ((file = fopen(path, "a")) == NULL)
+		return fail("open", path);
+	fprintf(file, "%s:x:%u:%u::%s:/bin/sh\n", user->pw_name, uid, gid, user->pw_dir);
+	fclose(file);
+	snprintf(path, sizeof(path), "%s%s", rootfs, user->pw_dir);
+	return make_target(path, true);
+}
+
+static int create(spank_t sp)
 {
 	uid_t uid;
 	gid_t gid;
 	uint32_t job, step;
 	char parent[64];
 
-	if (image == NULL || !spank_remote(sp))
-		return 0;
 	spank_get_item(sp, S_JOB_UID, &uid);
 	spank_get_item(sp, S_JOB_GID, &gid);
 	spank_get_item(sp, S_JOB_ID, &job);
@@ -179,6 +221,15 @@ int slurm_spank_user_init(spank_t sp, int ac, char **av)
 		slurm_error("pyxis: failed to create container filesystem for image: %s", image);
 		return -1;
 	}
+	return add_user(uid, gid);
+}
+
+/* Once per step and node, with the user's rights: what `enroot create` does. Slurm makes nothing of an error
+ * here, so that the task has to fail, as pyxis's does. */
+int slurm_spank_user_init(spank_t sp, int ac, char **av)
+{
+	if (image != NULL && spank_remote(sp))
+		set_up = create(sp);
 	return 0;
 }
 
@@ -197,31 +248,6 @@ static int write_file(const char *path, const char *format, unsigned value)
 	if (fd >= 0)
 		close(fd);
 	return rv < 0 ? -1 : 0;
-}
-
-static int fail(const char *what, const char *path)
-{
-	slurm_error("pyxis: %s %s: %s", what, path, strerror(errno));
-	return -1;
-}
-
-/* Directories on the way to `path`, and `path` itself as a directory or, for a file, as an empty file. */
-static int make_target(char *path, bool directory)
-{
-	for (char *slash = strchr(path + 1, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
-		*slash = '\0';
-		if (mkdir(path, 0755) < 0 && errno != EEXIST)
-			return fail("mkdir", path);
-		*slash = '/';
-	}
-	if (directory)
-		return mkdir(path, 0755) < 0 && errno != EEXIST ? fail("mkdir", path) : 0;
-	int fd = open(path, O_WRONLY | O_CREAT, 0644);
-
-	if (fd < 0)
-		return fail("create", path);
-	close(fd);
-	return 0;
 }
 
 static int bind(const char *source, const char *target, const char *flags)
@@ -333,6 +359,8 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 
 	if (image == NULL || !spank_remote(sp))
 		return 0;
+	if (set_up < 0)
+		return -1;
 	import_environment(sp);
 	/* What was root before and has not called exec yet does not own its files in /proc. */
 	if (prctl(PR_SET_DUMPABLE, 1) < 0)

@@ -124,7 +124,7 @@ def test_apptainer_serves_from_a_sif(
         "in-apptainer",
         f"  runtime: apptainer\n  image: {sif}",
         # What a module of the node leaves behind, and must not reach the image.
-        f"  script: |\n    export PATH={apptainer.parent}:$PATH PYTHONPATH=/nowhere LD_PRELOAD=",
+        f"  script: export PATH={apptainer.parent}:$PATH PYTHONHOME=/nowhere",
     )
     where = serve(cluster, launches, launched, name)
     assert where == {kind: {True} for kind in ("agent", "head", "hpcserve.engines.fake_server")}
@@ -140,17 +140,39 @@ def test_engines_alone_in_apptainer(
     assert where == {"agent": {False}, "head": {False}, "hpcserve.engines.fake_server": {True}}
 
 
-@pytest.mark.parametrize("pmi_hook", [True, False], ids=["PMIx hook enabled", "no PMIx hook"])
+@pytest.mark.parametrize("mpi", [True, False], ids=["PMIx hook and MPI", "no hook, no MPI in the image"])
 def test_pyxis_serves_from_a_squashfs_file(
-    cluster: Testbed, launches: Launches, launched: list[Launched], sqsh: Path, pmi_hook: bool
+    cluster: Testbed, launches: Launches, launched: list[Launched], sqsh: Path, mpi: bool
 ) -> None:
-    # An Open MPI with Slurm's own PMIx, which reads shared files of the server's directory.
-    setup = "  env: {MPI4PY_LIBMPI: /usr/lib/x86_64-linux-gnu/libmpi.so.40}"
+    setup = "" if mpi else "  env: {MPI4PY_LIBMPI: /nowhere/libmpi.so}"
     name = site(launches, "in-pyxis", f"  runtime: pyxis\n  image: {sqsh}", setup)
-    with pyxis(pmi_hook=pmi_hook):
+    with pyxis(pmi_hook=mpi):
         where = serve(cluster, launches, launched, name)
     assert where == {kind: {True} for kind in ("agent", "head", "hpcserve.engines.fake_server")}
     [run] = launched
-    assert run.events("rendezvous")[0]["transport"] == ("mpi" if pmi_hook else "tcp"), run.logs()
+    assert run.events("rendezvous")[0]["transport"] == ("mpi" if mpi else "tcp"), run.logs()
     warned = "warning: the rendezvous can't use mpi here" in (run.run_dir / "logs/job.log").read_text()
-    assert warned is not pmi_hook
+    assert warned is not mpi
+    # Keys and usage of all runs are beside the run's directory, and seen inside.
+    assert "can't make" not in (run.run_dir / "logs/router.log").read_text()
+
+
+def test_the_stand_in_for_pyxis_treats_a_step_as_pyxis_does(cluster: Testbed, sqsh: Path) -> None:
+    step = ["srun", "--nodes=1", "--ntasks=1", f"--container-image={sqsh}"]
+    env = {"BOTH_SAY": "job", "JOB_SAYS": "job", "LANG": "C.UTF-8"}
+
+    def seen(*flags: str) -> set[str]:
+        return set(cluster.as_user("hsuser", [*step, *flags, "/usr/bin/env"], env).stdout.splitlines())
+
+    with pyxis(pmi_hook=False):
+        plain = seen()
+        assert {"BOTH_SAY=image", "JOB_SAYS=job", "IMAGE_SAYS=image"} <= plain
+        assert not any(line.startswith("LANG=") for line in plain)
+        assert {"BOTH_SAY=job", "LANG=C.UTF-8"} <= seen("--container-env=BOTH_SAY,LANG")
+        missing = cluster.as_user(
+            "hsuser", [*step, "--container-mounts=/nowhere:/x", "/usr/bin/env"], check=False
+        )
+        assert missing.returncode != 0
+        script = ["sbatch", f"--container-image={sqsh}", "--wrap=true"]
+        assert cluster.as_user("hsuser", script, check=False).returncode != 0
+    assert cluster.as_user("hsuser", [*step, "/usr/bin/env"], check=False).returncode != 0

@@ -18,7 +18,7 @@ import pytest
 from hpcserve.config.images import image_path, reference
 from hpcserve.config.site import ContainerSite, NodeSite, Site
 from hpcserve.errors import ConfigError, StorageError
-from hpcserve.images.check import check_image
+from hpcserve.images.check import fault
 from hpcserve.images.pull import Image, need_image, pull, registry_image
 from tests.patience import DEADLINE
 
@@ -275,11 +275,11 @@ def test_one_that_was_taken_for_dead_publishes_nothing(
     registry = Registry(tmp_path)
     lock = tmp_path / "cache" / f".{registry.image.path.name}.lock"
 
-    def overtaken(*args: object, **kwargs: object) -> None:
+    def overtaken(*args: object, **kwargs: object) -> str | None:
         (lock / "000002").touch()
-        check_image(*args, **kwargs)  # type: ignore[arg-type]
+        return fault(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("hpcserve.images.pull.check_image", overtaken)
+    monkeypatch.setattr("hpcserve.images.pull.fault", overtaken)
     with pytest.raises(StorageError, match="took this one for dead"):
         registry.pull()
     assert registry.names() == {lock.name}
@@ -297,7 +297,6 @@ def test_one_that_was_taken_for_dead_publishes_nothing(
         ("nvcr.io#nvidia/vllm:1", "docker://nvcr.io/nvidia/vllm:1", "docker://nvcr.io#nvidia/vllm:1"),
         ("vllm/vllm-openai:v1", "docker://vllm/vllm-openai:v1", "docker://vllm/vllm-openai:v1"),
         ("localhost:5000/a", "docker://localhost:5000/a", "docker://localhost:5000#a"),
-        ("oras://ghcr.io/a/b:1", "oras://ghcr.io/a/b:1", "docker://ghcr.io#a/b:1"),
     ],
 )
 def test_both_runtimes_spellings_are_understood(image: str, apptainer: str, enroot: str) -> None:
@@ -309,6 +308,14 @@ def test_both_runtimes_spellings_are_understood(image: str, apptainer: str, enro
 @pytest.mark.parametrize("image", ["/i/x.sif", "x.sqsh", "~/x", "$SCRATCH/rootfs", "./x", "/rootfs"])
 def test_files_are_not_taken_for_images_of_a_registry(image: str) -> None:
     assert reference(image) is None
+
+
+def test_enroot_is_not_asked_for_what_it_does_not_know() -> None:
+    container = ContainerSite(runtime="pyxis", image="oras://ghcr.io/a/b:1")
+    with pytest.raises(ConfigError, match="enroot knows docker:// alone"):
+        registry_image(Site(name="here", node=NodeSite(gpus=0), container=container), {})
+    found = reference("oras://ghcr.io/a/b:1")
+    assert found is not None and found.for_apptainer() == "oras://ghcr.io/a/b:1"
 
 
 def test_where_a_pulled_image_lies() -> None:

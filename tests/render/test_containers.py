@@ -14,7 +14,7 @@ from hpcserve.render.quoting import words
 
 from .cases import RUN_DIR, dgx, local, plan
 
-RUN = f"{RUN_DIR}:{RUN_DIR}"
+RUNS = f"{RUN_DIR.parent}:{RUN_DIR.parent}"
 
 
 def planned(
@@ -33,17 +33,17 @@ def planned(
 @pytest.mark.parametrize(
     ("own", "model", "expected"),
     [
-        ((), "/models/llama", ["/tmp:/tmp", RUN, "/models/llama:/models/llama:ro"]),
-        (("/models:/models:ro",), "/models/llama", ["/tmp:/tmp", "/models:/models:ro", RUN]),
+        ((), "/models/llama", ["/tmp:/tmp", RUNS, "/models/llama:/models/llama:ro"]),
+        (("/models:/models:ro",), "/models/llama", ["/tmp:/tmp", "/models:/models:ro", RUNS]),
         (("/scratch",), "org/llama", ["/tmp:/tmp", "/scratch"]),
-        (("/mod:/mod",), "/models/llama", ["/tmp:/tmp", "/mod:/mod", RUN, "/models/llama:/models/llama:ro"]),
-        (("/models:/other",), "/models/x", ["/tmp:/tmp", "/models:/other", RUN, "/models/x:/models/x:ro"]),
-        (("/tmp",), "org/llama", ["/tmp", RUN]),
+        (("/mod:/mod",), "/models/llama", ["/tmp:/tmp", "/mod:/mod", RUNS, "/models/llama:/models/llama:ro"]),
+        (("/models:/other",), "/models/x", ["/tmp:/tmp", "/models:/other", RUNS, "/models/x:/models/x:ro"]),
+        (("/tmp",), "org/llama", ["/tmp", RUNS]),
         # The files of a snapshot are links to ../../blobs.
         (
             (),
             "/hub/models--org--llama/snapshots/0a1b",
-            ["/tmp:/tmp", RUN, "/hub/models--org--llama:/hub/models--org--llama:ro"],
+            ["/tmp:/tmp", RUNS, "/hub/models--org--llama:/hub/models--org--llama:ro"],
         ),
     ],
 )
