@@ -192,9 +192,8 @@ def test_term_during_the_preflight_ends_it_and_the_job(tmp_path: Path) -> None:
     ],
     ids=["model.yaml says no", "no NIXL", "one pool", "one machine"],
 )
-def test_no_preflight_where_no_kv_crosses_a_link(tmp_path: Path, site: Site, model: ModelSpec) -> None:
-    script = render_script(plan(site, model=model, nodes=2), tmp_path, python="python")
-    assert "preflight" not in script
+def test_no_preflight_where_no_kv_crosses_a_link(site: Site, model: ModelSpec) -> None:
+    assert "hpcserve.node preflight" not in render_script(plan(site, model=model, nodes=2), "/runs/some")
 
 
 def test_term_during_the_rendezvous_starts_nothing_more(tmp_path: Path) -> None:
