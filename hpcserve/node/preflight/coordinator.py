@@ -30,7 +30,7 @@ HARD_LIMIT = 180.0
 """Seconds of measuring after which no round begins at all."""
 _SECOND_LOOKS = 16
 OPERATION = 10.0
-"""Seconds for one operation of a pair."""
+"""Seconds for one transfer, and about that for one operation of a pair."""
 _ANSWER = 15.0
 """Seconds beyond that for the answer: the member kills a process that hangs before."""
 
@@ -308,7 +308,7 @@ class Coordinator:
                 "memory": to_json(memory),
                 "seconds": OPERATION,
             },
-            OPERATION,
+            2 * OPERATION,
         )
         size = int(told["size"])
         if operation == "write":

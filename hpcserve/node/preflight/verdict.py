@@ -47,9 +47,9 @@ def judge(outcome: Outcome) -> Verdict:
     findings = [*_broken(outcome)]
     if failed and not whole:
         return Verdict(findings=tuple(findings), fatal=_fatal(failed))
-    no_device = [broken for broken in outcome.broken.values() if broken.cause == "backend"]
-    if no_device and not whole:
-        return Verdict(findings=tuple(findings), fatal=_no_device(no_device[0]))
+    reasons = list(outcome.broken.values())
+    if reasons and not whole and all(broken.cause == "backend" for broken in reasons):
+        return Verdict(findings=tuple(findings), fatal=_no_device(reasons[0]))
     findings += _failed(failed, outcome.pairs)
     findings += _slow(whole)
     return Verdict(findings=tuple(findings))

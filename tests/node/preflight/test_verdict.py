@@ -133,6 +133,8 @@ def test_devices_that_no_node_has_end_the_job() -> None:
     assert verdict.fatal is not None and "mlx5_9:1" in verdict.fatal.message
     some = judge(outcome(pair(P[0], D[0], 40.0), n4=broken))
     assert some.fatal is None and len(some.findings) == 1
+    missing = Broken(cause="import", message="NIXL can't be imported: no")
+    assert judge(outcome(n1=broken, n3=missing)).fatal is None
 
 
 def test_a_dead_process_is_named_beside_the_figures_of_the_others() -> None:
