@@ -21,8 +21,9 @@ _ROOMS = 1 << 63
 _SENT_MB = "sglang:kv_transfer_total_mb_sum"
 
 # Keys the prefill leg must do without. All others stay: it samples the answer's first token for both
-# (disaggregation/utils.py, MetadataBuffers), and so needs what the client asked of it.
-_NOT_FOR_PREFILL = frozenset({"stream", "stream_options"})
+# (disaggregation/utils.py, MetadataBuffers), and so needs what the client asked of it. The ids of a long
+# prompt would only fill an answer that nobody reads.
+_NOT_FOR_PREFILL = frozenset({"stream", "stream_options", "return_token_ids"})
 
 
 def pair_requests(body: Json, *, url: str, ports: Mapping[str, int]) -> tuple[Json, Json]:

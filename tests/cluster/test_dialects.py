@@ -131,7 +131,9 @@ def _leave_in_the_middle(run: Launched) -> None:
         f"{run.url}/completions", json=body, headers=bearer(run.api_key), stream=True, timeout=60
     ) as response:
         assert response.status_code == 200, response.text
-        next(response.iter_lines())
+        # Kept: a reader that is thrown away closes the connection.
+        lines = response.iter_lines()
+        next(lines)
         wait_for(lambda: in_flight(run) == 1, what="the stream to run", state=run.logs)
 
 

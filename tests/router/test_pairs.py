@@ -75,7 +75,7 @@ async def test_both_legs_are_told_where_to_meet_and_the_answer_is_decodes(start_
     assert (meeting["bootstrap_host"], meeting["bootstrap_port"]) == ("127.0.0.1", 8000)
     assert 0 <= meeting["bootstrap_room"] < 2**63
     assert prefill.body == {**ASK, **meeting}
-    assert decode.body == {**stream, **meeting}
+    assert decode.body == {**stream, **meeting, "return_token_ids": True}
     *pieces, last, done = sse(data)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == "a/- b/- c/- d/- "
     assert last["usage"]["prompt_tokens"] == 4 and done == "[DONE]"
@@ -87,12 +87,19 @@ async def test_both_legs_are_told_where_to_meet_and_the_answer_is_decodes(start_
 async def test_a_stream_is_counted_also_where_the_client_does_not_ask(start_pairs):
     bench = await start_pairs("prefill-0", "decode-0")
     _, _, data = await bench.ask("/v1/completions", STREAM)
-    assert bench["decode-0"].seen[0].body["stream_options"] == {
-        "include_usage": True, "continuous_usage_stats": False,
-    }  # fmt: skip
-    assert "stream_options" not in bench["prefill-0"].seen[0].body
+    assert bench["decode-0"].seen[0].body["stream_options"] == {"include_usage": True}
+    assert not {"stream_options", "return_token_ids"} & set(bench["prefill-0"].seen[0].body)
     assert [event for event in sse(data) if event != "[DONE]" and event.get("usage")] == []
     await until(lambda: bench.metric("hpcserve_router_prompt_tokens_total") == 4, "it to be counted")
+
+
+async def test_a_chat_is_counted_and_its_tokens_are_not_asked_for(start_pairs):
+    """SGLang refuses a stream of a chat that asks for them."""
+    bench = await start_pairs("prefill-0", "decode-0")
+    chat = {"model": "toy", "messages": [{"role": "user", "content": "a b"}], "stream": True}
+    status, _, _ = await bench.ask("/v1/chat/completions", chat)
+    assert status == 200 and "return_token_ids" not in bench["decode-0"].seen[0].body
+    assert bench["decode-0"].seen[0].body["stream_options"]["include_usage"] is True
 
 
 async def test_each_choice_has_a_room_of_its_own(start_pairs):
