@@ -166,7 +166,7 @@ fi
 # Preflight: NIXL moves a test buffer between prefill and decode nodes, in processes that end with this step.
 # Its first task to end is rank 0, or one that died: no node that is cut off holds the step for long.
 stage=preflight
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --mpi=none \
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --immediate=60 --mpi=none \
 "${in_log[@]}" "$logs/preflight" \
   "${inside[@]}" "$python" -m hpcserve.node preflight --run-dir "$HPCSERVE_RUN_DIR" &
 running=("$!")

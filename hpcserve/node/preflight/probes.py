@@ -61,7 +61,7 @@ def node_name(roster: Roster, rank: int) -> str:
 
 
 def _added(plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan) -> Mapping[str, str]:
-    engine = engines.get(plan.model.engine)
+    engine = engines.of(plan.model)
     facts = roster.ranks[rank]
     context = EngineContext(
         plan=plan,
