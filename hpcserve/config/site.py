@@ -80,7 +80,12 @@ class NodeSite(Provenance):
     gpu: str | None = key("GPU model, for people.", None)
     gpu_memory_gib: int | None = key("Memory of one GPU, in GiB.", None, minimum=1)
     cpus: int | None = key("CPU cores per node.", None, minimum=1)
-    cpu_engines: int = key("Engines one node may run when `device: cpu`.", 1, minimum=1)
+    memory_gib: int | None = key("Memory of a node, in GiB, that a job may use.", None, minimum=1)
+    cpu_engines: int = key(
+        "Workers of engines one node may run when `device: cpu`: an engine has one for each rank.",
+        1,
+        minimum=1,
+    )
     arch: Literal["x86_64", "aarch64"] = key(
         "Processor of the compute nodes.", "x86_64", choices=("x86_64", "aarch64")
     )

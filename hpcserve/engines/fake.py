@@ -22,6 +22,7 @@ RESERVED: Mapping[str, str] = {
     "port": _OURS,
     "role": _OURS,
     "side-channel-port": _OURS,
+    "data-parallel-size": "use `data_parallel` of the pool",
     "dialect": _DIALECT,
     "bootstrap-port": _DIALECT,
     "bootstrap-timeout": _DIALECT,
@@ -39,7 +40,7 @@ class Fake(NixlEngine):
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
         ports = {"http": 1}
         if replica.role != "aggregated":
-            ports["side_channel"] = 1
+            ports["side_channel"] = replica.data_parallel
         return ports
 
     def command(self, context: EngineContext) -> EngineCommand:
@@ -52,6 +53,8 @@ class Fake(NixlEngine):
         argv += ["--host", context.address, "--port", ports["http"]]
         if role != "aggregated":
             argv += ["--side-channel-port", ports["side_channel"]]
+        if context.replica.data_parallel > 1:
+            argv += ["--data-parallel-size", str(context.replica.data_parallel)]
         argv += ["--kv-lease", str(plan.model.kv_lease)]
         if plan.model.max_model_len is not None:
             argv += ["--max-model-len", str(plan.model.max_model_len)]
@@ -71,7 +74,7 @@ class Fake(NixlEngine):
         pool = getattr(model, context.replica.role) or RoleSpec()
         if "kv-events-config" in arguments.merge(context.replica.role, model.engine_args, pool.engine_args):
             return ()
-        return endpoints.in_directory(context.scratch)
+        return endpoints.in_directory(context.scratch, range(context.replica.data_parallel))
 
     def progress(self, line: str) -> str | None:
         match = _LOADING.search(line)

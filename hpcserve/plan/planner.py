@@ -12,6 +12,7 @@ from ..errors import PlanError
 from .abilities import ABILITIES
 from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_walltime
+from .offload import choose_offload
 from .parallel import GIB, Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
@@ -44,6 +45,7 @@ def make_plan(request: PlanRequest) -> Plan:
     if len(roles) == 2:
         check_kv_path(site, model.engine, nodes)
     placed, pool_nodes = _place(request, site, roles, nodes, slots, device, notes)
+    kv_offload = choose_offload(request, device, notes)
     used = _slots_asked(site, device, slots, placed)
     sized = {role: _filled(roles[role], pool_nodes[role], placed, role) for role in roles}
     return Plan(
@@ -55,6 +57,7 @@ def make_plan(request: PlanRequest) -> Plan:
             nodes=nodes,
             walltime=walltime,
             ready_timeout=ready_timeout,
+            kv_offload=kv_offload,
             **sized,  # type: ignore[arg-type]
         ),
         site=site,
@@ -175,7 +178,7 @@ def _place(
     model = request.model
     one_node_pair = len(roles) == 2 and nodes == 1
     if one_node_pair and slots < 2:
-        unit = "GPU" if device == "cuda" else "engine slot"
+        unit = "GPU" if device == "cuda" else "worker slot"
         raise PlanError(
             f"prefill and decode need one {unit} each, but the job has one node with {slots}",
             hint="use `--nodes 2`, or an `aggregated:` pool",

@@ -6,15 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
-from hpcserve.config.model import RoleSpec
+from hpcserve.config.model import KvOffloadSpec, RoleSpec
 from tests.plan.cases import model, site, tp
 
 from .cases import command
 
+TIERS = KvOffloadSpec(cpu_gib=100, disk_gib=1000)
 READ = """
 import json, sys
 from vllm.config import KVTransferConfig
@@ -32,6 +34,7 @@ for argv in json.load(sys.stdin):
         "headless": args.headless, "nnodes": args.nnodes, "middleware": args.middleware,
         "served": args.served_model_name, "shutdown": args.shutdown_timeout,
         "role": transfer and transfer.kv_role, "seqs": args.max_num_seqs,
+        "connector": transfer and transfer.kv_connector, "hybrid": args.data_parallel_hybrid_lb,
         "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
     })
 print("READ" + json.dumps(read))
@@ -55,9 +58,11 @@ def test_vllm_reads_every_command_line() -> None:
         command(wide, site(), replica="prefill-0", nodes=3),
         command(wide, site(), replica="prefill-0", nodes=3, node=1),
         command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
+        command(model(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2, node=1),
+        command(replace(pair, kv_offload=TIERS), site(), replica="decode-0", nodes=2),
+        command(model(kv_offload=TIERS), site(), replica="aggregated-0"),
     ]
-    # `serve` is the name of a subcommand; its parser reads the rest.
-    argvs = [[word for word in each.argv[3:] if word != "serve"] for each in made]
+    argvs = [each.argv[3:] for each in made]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", READ],
         input=json.dumps(argvs),
@@ -68,15 +73,16 @@ def test_vllm_reads_every_command_line() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("READ")]
-    prefill, decode, head, second, alone = json.loads(line.removeprefix("READ"))
+    prefill, decode, head, second, alone, headless, tiered, only = json.loads(line.removeprefix("READ"))
     assert (prefill["role"], decode["role"], alone["role"]) == ("kv_producer", "kv_consumer", None)
     assert (prefill["host"], prefill["port"], prefill["model"]) == ("10.0.0.1", 20001, "/models/llama")
     assert prefill["middleware"] == ["hpcserve.engines.vllm_guard.JobKeyGuard"]
     assert prefill["served"] == ["llama"]
     assert (prefill["seqs"], prefill["prefix"], prefill["overrides"]) == (64, False, {"a": 1})
-    assert (head["nnodes"], head["headless"], second["headless"], second["tag"]) == (
-        2,
-        False,
-        True,
-        "/models/llama",
-    )
+    assert [(each["nnodes"], each["headless"], each["hybrid"]) for each in (head, second, headless)] == [
+        (2, False, True), (2, False, True), (2, True, False),
+    ]  # fmt: skip
+    assert headless["model"] == "/models/llama"
+    assert [(each["connector"], each["role"]) for each in (tiered, only)] == [
+        ("MultiConnector", "kv_consumer"), ("OffloadingConnector", "kv_both"),
+    ]  # fmt: skip

@@ -257,3 +257,15 @@ def test_slingshot_without_a_wish_is_aggregated() -> None:
 def test_engines_per_node_are_a_limit_not_an_order() -> None:
     here = replace(site(gpus=0), node=NodeSite(gpus=0, cpu_engines=64))
     assert len(plan(at=here, nodes=2).replicas) == 2
+
+
+def test_workers_on_the_cpu_take_slots_as_they_take_gpus() -> None:
+    spread = plan(model(device="cpu", prefill=tp(2, nodes=2), decode=RoleSpec(nodes=1)), site(gpus=0))
+    assert layout(spread) == ["0: prefill-0/0[0]", "1: prefill-0/1[0]", "2: decode-0[0]"]
+    told = {note.key: note.where for note in spread.explanations}
+    assert (
+        told["prefill.replicas"] == "one engine per 2 nodes on device cpu; `prefill.replicas` asks for more"
+    )
+    here = site(gpus=0, engines=4)
+    ranks = plan(model(device="cpu", aggregated=tp(1, data_parallel=2, replicas=2)), here)
+    assert layout(ranks) == ["0: aggregated-0[0-1] aggregated-1[2-3]"]

@@ -77,9 +77,9 @@ class SGLangApp(App):
 
         await super()._generate(exchange, meeting)
 
-    async def _answer(self, exchange: Exchange, generation: Generation) -> None:
+    async def _answer(self, exchange: Exchange, generation: Generation, engine: Engine) -> None:
         try:
-            await super()._answer(exchange, generation)
+            await super()._answer(exchange, generation, engine)
         finally:
             if self._rooms is not None and generation.kv_params:
                 self._rooms.leave(generation.kv_params["room"])

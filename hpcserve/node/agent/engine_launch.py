@@ -24,6 +24,7 @@ from ..ports import HeldPorts, PortRange, ephemeral_range, hold
 from ..process import signal_group
 from .environment import engine_environment
 from .keeper import Keeper
+from .kv_disk import DiskTier
 from .log_pump import LogPump
 from .transfer import transfer_devices
 
@@ -39,7 +40,7 @@ class RunningEngine:
     ) -> None:
         self.process = process
         self.url = url
-        """None for a process without an API: the second and later nodes of a replica."""
+        """None for a process without an API, as on most replicas' second and later nodes."""
         self.ports = ports
         self.pump = pump
 
@@ -82,6 +83,8 @@ class Leader:
 
     generation: int
     ports: Mapping[str, int]
+    ready: bool = False
+    """Does the replica answer?"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class EngineLauncher:
     engine: Engine
     key: str
     environ: Mapping[str, str]
-    cpus: tuple[int, ...]
+    cpus: tuple[tuple[int, ...], ...]
     scratch: Path
     log: Path
     keeper: Keeper
@@ -113,7 +116,7 @@ class EngineLauncher:
 
     @property
     def leads(self) -> bool:
-        """Is this the process that has the replica's API?"""
+        """Is this the process that the replica's others follow?"""
         return self.node == 0
 
     def leader(self) -> Leader | None:
@@ -151,7 +154,8 @@ class EngineLauncher:
             key=self.key,
             scratch=str(self.scratch),
         )
-        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if self.node == 0 else None
+        has_api = self.node in self.engine.api_nodes(self.replica)
+        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if has_api else None
         return self._spawn(command.argv, environment, url, ports, on_line)
 
     def _spawn(
@@ -185,14 +189,22 @@ class EngineLauncher:
         assert process.stdout is not None
         return RunningEngine(process, url=url, ports=ports, pump=LogPump(process.stdout, self.log, on_line))
 
-    def kv_event_endpoints(self) -> tuple[EventEndpoint, ...]:
-        """Where this process's KV events are read; () if it publishes none."""
+    def kv_event_sources(self) -> dict[str, tuple[EventEndpoint, ...]]:
+        """Where this process's KV events are read, by the worker they are about; {} if it publishes none."""
         if too_deep(str(self.scratch)):
             warn(
                 f"{self.replica.name} publishes no KV events: {self.scratch} is too long a path for sockets",
                 "set `storage.node_local` of the site to a shorter one; until then, caches are predicted",
             )
-        return self.engine.kv_event_endpoints(self._context({}))
+        endpoints = self.engine.kv_event_endpoints(self._context({}))
+        if self.engine.routed_ranks(self.replica):
+            return {self.replica.rank_name(each.rank): (each,) for each in endpoints}
+        return {self.replica.name: endpoints} if endpoints else {}
+
+    def disk_tier(self) -> DiskTier | None:
+        """Where this process keeps KV blocks on the node's disk."""
+        found = self.engine.disk_tier(self._context({}))
+        return None if found is None else DiskTier(directory=found[0], size=found[1])
 
     def _shared(self) -> frozenset[str]:
         return self.engine.shared_ports
