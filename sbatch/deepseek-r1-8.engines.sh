@@ -41,6 +41,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -63,9 +64,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -76,6 +82,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -98,9 +105,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -111,6 +123,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -133,9 +146,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -146,6 +164,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -186,6 +205,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -208,9 +228,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -221,6 +246,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -243,9 +269,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -256,6 +287,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -278,9 +310,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -291,6 +328,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \

@@ -38,6 +38,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -56,9 +57,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 8 \
@@ -69,6 +75,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -105,6 +112,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -123,9 +131,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 8 \
@@ -136,6 +149,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -172,6 +186,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -190,9 +205,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 8 \
@@ -203,6 +223,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -239,6 +260,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -257,9 +279,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 8 \
@@ -270,6 +297,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -306,6 +334,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -324,9 +353,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 8 \
@@ -337,6 +371,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_producer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30}}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -373,6 +408,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -391,9 +427,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -404,6 +445,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -422,9 +464,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -435,6 +482,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -453,9 +501,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -466,6 +519,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -484,9 +538,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -497,6 +556,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -515,9 +575,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -528,6 +593,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -546,9 +612,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -559,6 +630,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
@@ -577,9 +649,14 @@ env \
   "VLLM_NIXL_SIDE_CHANNEL_HOST=$ADDRESS" \
   "VLLM_NIXL_SIDE_CHANNEL_PORT=$SIDE_CHANNEL_PORT" \
   VLLM_NO_USAGE_STATS=1 \
-  "$PYTHON" -m vllm.entrypoints.cli.main serve /models/DeepSeek-R1 \
-    --headless \
+  "$PYTHON" -m vllm.entrypoints.openai.api_server \
+    --model /models/DeepSeek-R1 \
     --served-model-name DeepSeek-R1 \
+    --host "$ADDRESS" \
+    --port "$HTTP_PORT" \
+    --middleware hpcserve.engines.vllm_guard.JobKeyGuard \
+    --disable-access-log-for-endpoints /health,/metrics \
+    --enable-prompt-tokens-details \
     --max-model-len 65536 \
     --tensor-parallel-size 1 \
     --data-parallel-size 32 \
@@ -590,6 +667,7 @@ env \
     --master-port "$MASTER_PORT" \
     --data-parallel-address "$HEAD_ADDRESS" \
     --data-parallel-rpc-port "$DP_RPC_PORT" \
+    --data-parallel-hybrid-lb \
     --kv-transfer-config '{"kv_connector":"NixlConnector","kv_role":"kv_consumer","kv_buffer_device":"cuda","kv_connector_extra_config":{"kv_lease_duration":30},"kv_load_failure_policy":"recompute"}' \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,10 @@ def _ladder(seen: Overview, progress: Progress) -> list[str]:
 
 
 def _replicas(replicas: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]) -> str:
-    busy = {str(worker.get("name")): worker.get("in_flight") for worker in workers}
+    busy: dict[str, list[int]] = {}
+    for worker in workers:
+        # A replica whose ranks the router chooses is several workers, in the order of the ranks.
+        busy.setdefault(str(worker.get("replica")), []).append(int(worker.get("in_flight") or 0))
     rows = []
     coming = any(not replica.get("in_rotation") for replica in replicas)
     for replica in replicas:
@@ -139,7 +143,7 @@ def _replicas(replicas: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[s
                 name,
                 str(replica.get("state")),
                 str(replica.get("node") or ""),
-                "-" if in_flight is None else str(in_flight),
+                "-" if in_flight is None else _by_rank(in_flight),
                 str(replica.get("restarts", 0)),
                 str(replica.get("url") or "-"),
                 *([str(waiting or "")] if coming else []),
@@ -147,6 +151,15 @@ def _replicas(replicas: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[s
         )
     header = ("REPLICA", "STATE", "NODE", "IN FLIGHT", "RESTARTS", "URL", *(["PROGRESS"] if coming else []))
     return table(header, rows)
+
+
+def _by_rank(in_flight: Sequence[int]) -> str:
+    """`7`; for a replica of several workers `7 = 3 + 2×2 + 0`, in the order of its ranks."""
+    if len(in_flight) == 1:
+        return str(in_flight[0])
+    runs = [(count, len(list(same))) for count, same in groupby(in_flight)]
+    parts = [f"{times}×{count}" if times > 1 else str(count) for count, times in runs]
+    return f"{sum(in_flight)} = {' + '.join(parts)}"
 
 
 def _document(seen: Overview, status: Mapping[str, Any] | None) -> dict[str, Any]:

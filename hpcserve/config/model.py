@@ -85,6 +85,18 @@ class RouterSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvOffloadSpec:
+    """Where KV blocks go that GPUs have no room for any more. Sizes are a node's, for all its replicas."""
+
+    cpu_gib: float | None = key(
+        "Memory of a node, in GiB. Default: 40% of what the site says it has.", None, minimum=0.001
+    )
+    disk_gib: float | None = key(
+        "Disk of a node, in GiB, in the site's `storage.node_local`. Default: none.", None, minimum=0.001
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The whole of model.yaml."""
 
@@ -141,6 +153,9 @@ class ModelSpec:
         30,
         minimum=5,
         kind="duration",
+    )
+    kv_offload: KvOffloadSpec | None = key(
+        "Keep KV blocks in the nodes' memory, and on their disks, when the GPUs have no room for them.", None
     )
     kv_preflight: bool = key(
         "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn"

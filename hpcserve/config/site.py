@@ -85,7 +85,12 @@ class NodeSite(Provenance):
     gpu: str | None = key("GPU model, for people.", None)
     gpu_memory_gib: int | None = key("Memory of one GPU, in GiB.", None, minimum=1)
     cpus: int | None = key("CPU cores per node.", None, minimum=1)
-    cpu_engines: int = key("Engines one node may run when `device: cpu`.", 1, minimum=1)
+    memory_gib: int | None = key("Memory of a node, in GiB, that a job may use.", None, minimum=1)
+    cpu_engines: int = key(
+        "Workers of engines one node may run when `device: cpu`: an engine has one for each rank.",
+        1,
+        minimum=1,
+    )
     arch: Literal["x86_64", "aarch64"] = key(
         "Processor of the compute nodes.", "x86_64", choices=("x86_64", "aarch64")
     )
@@ -104,6 +109,7 @@ class NodeType(Provenance):
     gpus: int = key("GPUs per node.", minimum=0, maximum=64)
     gpu: str | None = key("GPU model, for people.", None)
     gpu_memory_gib: int | None = key("Memory of one GPU, in GiB.", None, minimum=1)
+    memory_gib: int | None = key("Memory of a node, in GiB, that a job may use.", None, minimum=1)
     cpu_engines: int = key("Engines one node may run when `device: cpu`.", 1, minimum=1)
     partition: str | None = key("Partition.", None)
     qos: str | None = key("QOS.", None)
@@ -225,5 +231,5 @@ class Site:
         return replace(self, node=node, slurm=slurm)
 
 
-_NODE_OF_A_TYPE = ("gpus", "gpu", "gpu_memory_gib", "cpu_engines")
+_NODE_OF_A_TYPE = ("gpus", "gpu", "gpu_memory_gib", "memory_gib", "cpu_engines")
 _SLURM_OF_A_TYPE = ("partition", "qos", "memory", "max_nodes")

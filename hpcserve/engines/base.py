@@ -35,8 +35,8 @@ class EngineContext:
     """One bound port (or first of a block) per name in `Engine.ports()`."""
     model_path: str
     """Hub id or path, byte-identical on all replicas of the job."""
-    cpus: tuple[int, ...] = ()
-    """Cores reserved for this process on `device: cpu`; empty lets the engine decide."""
+    cpus: tuple[tuple[int, ...], ...] = ()
+    """On `device: cpu`, the cores of each worker of this process; empty lets the engine decide."""
     gpu_names: tuple[str, ...] = ()
     """The job's GPUs on this node as CUDA_VISIBLE_DEVICES names them; `replica.gpus` counts these.
     Empty: the names are the numbers."""
@@ -47,6 +47,18 @@ class EngineContext:
     python: str = "python"
     scratch: str = "$TMPDIR"
     """Node-local private directory of this replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRank:
+    """A data-parallel rank that requests can be sent to by name: a worker of its own for the router."""
+
+    rank: int
+    """Among all of the replica's; the engine's metrics and KV events count them so."""
+    node: int
+    """The process that takes its requests, by its place among the replica's nodes."""
+    headers: Mapping[str, str]
+    """What tells that process which of its ranks a request is for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +119,14 @@ class Engine(ABC):
     def in_step(self, replica: ReplicaPlan) -> bool:
         """Is this replica one MPI program in a step of its own?"""
         return self.mpi_launcher is not None and len(replica.nodes) > 1
+
+    def routed_ranks(self, replica: ReplicaPlan) -> tuple[RoutedRank, ...]:
+        """All data-parallel ranks, for the router to choose from; () where the engine chooses itself."""
+        return ()
+
+    def api_nodes(self, replica: ReplicaPlan) -> frozenset[int]:
+        """Processes of a replica that have an API, by their place among its nodes."""
+        return frozenset({0, *(each.node for each in self.routed_ranks(replica))})
 
     @abstractmethod
     def progress(self, line: str) -> str | None:
@@ -199,10 +219,15 @@ class Engine(ABC):
         """Where this replica's KV events are read, by data-parallel rank; () where it publishes none."""
         return ()
 
+    def disk_tier(self, context: EngineContext) -> tuple[str, int] | None:
+        """The directory on the node where this process keeps KV blocks, one per file, and the bytes they may
+        take; None: it keeps none there."""
+        return None
+
     kv_counted_by: ClassVar[Literal["prefill", "decode"]] = "decode"
     """Whose metrics tell how much KV has passed."""
 
     @abstractmethod
-    def kv_bytes_received(self, metrics: str) -> float | None:
+    def kv_bytes_received(self, metrics: str, rank: int | None = None) -> float | None:
         """Bytes of KV that decode replicas have so far from, or by, the one whose /metrics text this is
-        (`kv_counted_by`); None if it can't tell."""
+        (`kv_counted_by`), or that one of its routed ranks has; None if it can't tell."""

@@ -117,7 +117,7 @@ class ContextEngine(Engine):
         (py_executor.py, _check_cache_transfer_errors)."""
         return status == 400 and _TRANSFER_FAILED in body
 
-    def kv_bytes_received(self, metrics: str) -> float | None:
+    def kv_bytes_received(self, metrics: str, rank: int | None = None) -> float | None:
         """None: /metrics has no bytes. That a `generation_only` request is answered shows that they came:
         a decode replica computes no prompt for it."""
         return None

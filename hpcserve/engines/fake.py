@@ -30,6 +30,7 @@ RESERVED: Mapping[str, str] = {
     "role": _OURS,
     "side-channel-port": _OURS,
     "bootstrap-port": _OURS,
+    "data-parallel-size": "use `data_parallel` of the pool",
     "kv-lease": "use the top-level key `kv_lease`",
     "shutdown-timeout": "it follows from `slurm.kill_wait` of the site; see also the top-level key `drain`",
 }
@@ -62,7 +63,7 @@ class _Program(Engine):
         return {} if role == "aggregated" else {_SIDE_CHANNEL: "--side-channel-port"}
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
-        return {"http": 1, **dict.fromkeys(self.meeting_ports(replica.role), 1)}
+        return {"http": 1, **dict.fromkeys(self.meeting_ports(replica.role), replica.data_parallel)}
 
     def command(self, context: EngineContext) -> EngineCommand:
         """Raises ConfigError when `engine_args` sets what hpcserve sets, and for a pool's own dialect."""
@@ -83,6 +84,8 @@ class _Program(Engine):
         argv += ["--host", context.address, "--port", ports["http"]]
         for name, flag in self.meeting_ports(role).items():
             argv += [flag, ports[name]]
+        if context.replica.data_parallel > 1:
+            argv += ["--data-parallel-size", str(context.replica.data_parallel)]
         argv += ["--kv-lease", str(plan.model.kv_lease)]
         if plan.model.max_model_len is not None:
             argv += ["--max-model-len", str(plan.model.max_model_len)]
@@ -107,7 +110,7 @@ class _Program(Engine):
         given = arguments.merge(role, model.engine_args, pool.engine_args)
         if "kv-events-config" in given or not self.publishes(role):
             return ()
-        return endpoints.in_directory(context.scratch)
+        return endpoints.in_directory(context.scratch, range(context.replica.data_parallel))
 
     def progress(self, line: str) -> str | None:
         match = _LOADING.search(line)

@@ -7,10 +7,14 @@ add keys from version to version, and a dropped one silently disables heartbeats
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import causes, resuming
-from .base import Engine, Failure, Json
+from .base import Engine, Failure, Json, RoutedRank
+from .kv_events import endpoints
+
+if TYPE_CHECKING:
+    from ..plan.plan import ReplicaPlan
 
 _KEEP_BLOCKS: Json = {
     "do_remote_decode": True,
@@ -21,6 +25,9 @@ _KEEP_BLOCKS: Json = {
     "remote_port": None,
 }
 _BYTES = "vllm:nixl_bytes_transferred_sum"
+_RANK = "x-data-parallel-rank"
+"""Read by entrypoints/generate/base/serving.py; counts the ranks that the API's process manages, from 0
+(v1/engine/input_processor.py)."""
 
 # Keys the prefill leg must do without, or has no use for. Paths are vLLM 0.32's, below vllm/.
 #
@@ -74,11 +81,11 @@ def decode_request(body: Json, prefill_response: Json) -> Json:
     return {**body, "kv_transfer_params": params}
 
 
-def bytes_received(metrics: str) -> float | None:
-    """Sum over the engine's data-parallel ranks; None when the metric is not there."""
+def bytes_received(metrics: str, rank: int | None = None) -> float | None:
+    """Of one data-parallel rank, or the sum over the engine's; None when the metric is not there."""
     total, found = 0.0, False
     for line in metrics.splitlines():
-        if line.startswith(_BYTES):
+        if line.startswith(_BYTES) and (rank is None or f'engine="{rank}"' in line):
             total += float(line.rpartition(" ")[2])
             found = True
     return total if found else None
@@ -110,5 +117,20 @@ class NixlEngine(Engine):
     def decode_request(self, body: Json, prefill_response: Json) -> Json:
         return decode_request(body, prefill_response)
 
-    def kv_bytes_received(self, metrics: str) -> float | None:
-        return bytes_received(metrics)
+    def kv_bytes_received(self, metrics: str, rank: int | None = None) -> float | None:
+        return bytes_received(metrics, rank)
+
+    def routed_ranks(self, replica: ReplicaPlan) -> tuple[RoutedRank, ...]:
+        """One API takes the requests for all ranks; or, with experts over many nodes, one on each node those
+        for its own. Without experts, vLLM 0.32 fails at that where a node has a single rank
+        (v1/engine/core_client.py: DPAsyncMPClient waits for a coordinator that was not started)."""
+        ranks, nodes = replica.data_parallel, len(replica.nodes)
+        if ranks == 1:
+            return ()
+        if not replica.expert_parallel:
+            return tuple(RoutedRank(rank=rank, node=0, headers={_RANK: str(rank)}) for rank in range(ranks))
+        return tuple(
+            RoutedRank(rank=rank, node=node, headers={_RANK: str(place)})
+            for node in range(nodes)
+            for place, rank in enumerate(endpoints.ranks_on(node, nodes=nodes, ranks=ranks))
+        )

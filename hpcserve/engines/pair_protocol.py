@@ -102,5 +102,5 @@ class PairEngine(Engine):
     def pair_obstacle(self, member: Callable[[str], Any]) -> str | None:
         return obstacle(member)
 
-    def kv_bytes_received(self, metrics: str) -> float | None:
+    def kv_bytes_received(self, metrics: str, rank: int | None = None) -> float | None:
         return bytes_sent(metrics)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..plan.offload import cpu_bytes, disk_bytes
 from ..plan.plan import ReplicaPlan
 from . import arguments, progress, variables
 from .base import EngineCommand, EngineContext
@@ -55,8 +56,8 @@ RESERVED: Mapping[str, str] = {
     "dp": _SIZES,
     "enable-expert-parallel": "use `expert_parallel` of the pool",
     "kv-transfer-config": _KV,
-    "kv-offloading-size": "it would replace the NIXL connector between prefill and decode",
-    "kv-offloading-backend": "it would replace the NIXL connector between prefill and decode",
+    "kv-offloading-size": "use the top-level key `kv_offload`",
+    "kv-offloading-backend": "use the top-level key `kv_offload`",
     "shutdown-timeout": "it follows from `slurm.kill_wait` of the site; see also the top-level key `drain`",
     "disable-log-stats": "READY is proven with the engine's metrics, so they stay on",
 }
@@ -70,6 +71,7 @@ OWN_VARIABLES = frozenset(
         "CUDA_VISIBLE_DEVICES",
     }
 )
+_DISK = "kv-blocks"
 CPU_KV_GIB = 2
 """vLLM would take most of the node's memory for the KV cache of each engine on device cpu."""
 
@@ -122,15 +124,23 @@ class VLLM(NixlEngine):
         ranks = endpoints.ranks_on(context.node, nodes=len(replica.nodes), ranks=replica.data_parallel)
         return endpoints.in_directory(context.scratch, ranks)
 
+    def disk_tier(self, context: EngineContext) -> tuple[str, int] | None:
+        size = disk_bytes(context.plan, context.replica)
+        return (f"{context.scratch}/{_DISK}", size) if size else None
+
     def progress(self, line: str) -> str | None:
         return progress.told(line, _PROGRESS)
 
 
 def _program(context: EngineContext) -> list[str]:
-    """The API server module works in every build of vLLM, but only `serve` can run without an API."""
-    if context.node > 0:
-        return ["vllm.entrypoints.cli.main", "serve", context.model_path, "--headless"]
+    """Modules, because the `vllm` program does not work in every build."""
+    if not _has_api(context):
+        return ["hpcserve.engines.vllm_headless", "--model", context.model_path, "--headless"]
     return ["vllm.entrypoints.openai.api_server", "--model", context.model_path]
+
+
+def _has_api(context: EngineContext) -> bool:
+    return context.node in VLLM().api_nodes(context.replica)
 
 
 def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
@@ -138,7 +148,7 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     args = arguments.merge(context.replica.role, plan.model.engine_args, variables.pool(context).engine_args)
     arguments.refuse(args, RESERVED, "vLLM")
     yield from ("--served-model-name", plan.served_name)
-    if context.node == 0:
+    if _has_api(context):
         yield from ("--host", context.address, "--port", ports["http"])
         yield from ("--middleware", "hpcserve.engines.vllm_guard.JobKeyGuard")
         if "disable-access-log-for-endpoints" not in args:
@@ -151,8 +161,9 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
         if value is not None:
             yield from (f"--{key.replace('_', '-')}", str(value))
     yield from _parallel(context)
-    if context.replica.role != "aggregated":
-        yield from ("--kv-transfer-config", arguments.compact(_transfer(context)))
+    transfer = _transfer(context)
+    if transfer is not None:
+        yield from ("--kv-transfer-config", arguments.compact(transfer))
     if context.kv_over_nvlink and not {"enable-cumem-allocator", "no-enable-cumem-allocator"} & set(args):
         # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
         yield "--enable-cumem-allocator"
@@ -177,10 +188,54 @@ def _parallel(context: EngineContext) -> Iterator[str]:
         if replica.data_parallel > 1:
             yield from ("--data-parallel-address", context.head_address)
             yield from ("--data-parallel-rpc-port", context.ports["dp_rpc"])
+            if replica.expert_parallel and _has_api(context):
+                # Each node's API serves its own ranks; with one of them vLLM makes it external balancing.
+                yield "--data-parallel-hybrid-lb"
 
 
-def _transfer(context: EngineContext) -> dict[str, Any]:
-    """KVTransferConfig. A decode engine that can't get the blocks computes the prompt itself."""
+def _transfer(context: EngineContext) -> dict[str, Any] | None:
+    """KVTransferConfig: the way between prefill and decode, and KV tiers, or both."""
+    nixl = None if context.replica.role == "aggregated" else _nixl(context)
+    tiers = _tiers(context) if cpu_bytes(context.plan, context.replica) else None
+    if nixl is None or tiers is None:
+        return nixl or tiers
+    # Blocks are loaded from the first that has them, and saved to all. What to do when that fails is asked of
+    # the outer one (v1/core/sched/scheduler.py).
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": nixl["kv_role"],
+        "kv_buffer_device": nixl["kv_buffer_device"],
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"connectors": [nixl, tiers]},
+    }
+
+
+def _tiers(context: EngineContext) -> dict[str, Any]:
+    """vLLM's OffloadingConnector. Its events must have their tokens, or nobody knows what they are about."""
+    plan, replica = context.plan, context.replica
+    extra: dict[str, Any] = {
+        "cpu_bytes_to_use": cpu_bytes(plan, replica),
+        "self_describing_kv_events": True,
+    }
+    if disk_bytes(plan, replica):
+        # No events of the disk: vLLM does not know which files hpcserve removes (node/agent/kv_disk.py).
+        extra["spec_name"] = "TieringOffloadingSpec"
+        extra["secondary_tiers"] = [
+            {"type": "fs", "root_dir": f"{context.scratch}/{_DISK}", "enable_kv_events": False}
+        ]
+    if plan.device == "cpu":
+        extra["spec_name"] = "HostOffloadingSpec"
+        extra["spec_module_path"] = "hpcserve.engines.vllm_offload"
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def _nixl(context: EngineContext) -> dict[str, Any]:
+    """A decode engine that can't get the blocks computes the prompt itself."""
     prefill = context.replica.role == "prefill"
     config: dict[str, Any] = {
         "kv_connector": "NixlConnector",
@@ -201,7 +256,8 @@ def _environment(context: EngineContext) -> dict[str, str]:
     if context.plan.device == "cpu":
         env |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_GIB)}
         if context.cpus:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, context.cpus))
+            workers = (",".join(map(str, cores)) for cores in context.cpus)
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(workers)
     env |= variables.common(context)
     env |= variables.given(context, OWN_VARIABLES)
     env["VLLM_HOST_IP"] = context.address

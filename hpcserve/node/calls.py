@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -24,13 +26,23 @@ class Calls:
         self._pool = Pool(connect_timeout=connect_timeout)
         self._headers = bearer(key)
 
-    async def fetch(self, method: str, url: str, body: Any = None, *, seconds: float) -> tuple[int, bytes]:
+    async def fetch(
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, bytes]:
         """Status and body. Raises CallFailed when there is no whole answer within `seconds`."""
         data = b"" if body is None else msgspec.json.encode(body)
-        headers = [*self._headers, (b"content-type", b"application/json")] if data else self._headers
+        sent = [*self._headers, *((name.encode(), value.encode()) for name, value in headers.items())]
+        if data:
+            sent.append((b"content-type", b"application/json"))
         try:
             async with asyncio.timeout(seconds):
-                response = await self._pool.request(method, url, headers=headers, body=data)
+                response = await self._pool.request(method, url, headers=sent, body=data)
                 async with response:
                     return response.status, await response.read(_ANSWER_LIMIT)
         except TimeoutError as error:
@@ -38,9 +50,17 @@ class Calls:
         except UpstreamError as error:
             raise CallFailed(f"{url}: {error.message}") from error
 
-    async def json(self, method: str, url: str, body: Any = None, *, seconds: float) -> dict[str, Any]:
+    async def json(
+        self,
+        method: str,
+        url: str,
+        body: Any = None,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """The JSON object of a 200 answer. Raises CallFailed for everything else."""
-        status, data = await self.fetch(method, url, body, seconds=seconds)
+        status, data = await self.fetch(method, url, body, seconds=seconds, headers=headers)
         if status != 200:
             raise CallFailed(f"{url} answered {status}: {data[:300].decode('utf-8', 'replace')}")
         try:

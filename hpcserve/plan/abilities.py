@@ -20,14 +20,22 @@ class Abilities:
     """It loads the model, so that needs its memory."""
     nixl: bool = True
     """KV blocks go by NIXL's UCX, and its rules hold for pairs of replicas."""
+    kv_offload: bool = False
+    """It can keep KV blocks in memory and on disk."""
+    cpu_workers: bool = False
+    """On `device: cpu`, one replica can have several workers, as it has several GPUs elsewhere."""
+    cpu_experts: bool = False
+    """On `device: cpu`, data-parallel ranks can share a model's experts."""
     staged_decode: bool = False
     """Decode can have as many pipeline stages as prefill; else it has one."""
 
 
 ABILITIES: Mapping[str, Abilities] = {
-    "vllm": Abilities(title="vLLM"),
+    "vllm": Abilities(title="vLLM", kv_offload=True, cpu_workers=True),
     "sglang": Abilities(title="SGLang", staged_decode=True),
     "tensorrt-llm": Abilities(title="TensorRT-LLM", by_step=True, staged_decode=True),
-    "fake": Abilities(title="the fake engine", spans_nodes=False, weights=False, nixl=False),
+    "fake": Abilities(
+        title="the fake engine", spans_nodes=False, weights=False, nixl=False, cpu_workers=True
+    ),
 }
 """By the name in model.yaml. Of vLLM 0.32, SGLang 0.5.23 and TensorRT-LLM 1.2.1."""

@@ -27,7 +27,7 @@ class Machine:
 
     @property
     def unit(self) -> str:
-        return "GPU" if self.device == "cuda" else "engine slot"
+        return "GPU" if self.device == "cuda" else "worker slot"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Shape:
     data: int
     expert: bool
     slots: int
-    """GPUs (or engine slots) of a whole node, to count nodes with."""
+    """GPUs (or worker slots) of a whole node, to count nodes with."""
 
     @property
     def width(self) -> int:
@@ -95,6 +95,7 @@ def choose_shape(
         slots=node_slots,
     )
     _check_device(role, shape, machine)
+    _check_cpu_experts(role, shape, facts, machine)
     _check_heads(role, shape, facts)
     _check_nodes(role, shape, machine)
     _check_memory(role, shape, facts, machine, notes)
@@ -103,7 +104,7 @@ def choose_shape(
 
 def _derive_tensor(spec: RoleSpec, facts: ModelFacts | None, machine: Machine) -> tuple[int, str]:
     if machine.device == "cpu":
-        return 1, "one process per engine on device cpu"
+        return 1, "one worker per engine on device cpu"
     others = spec.pipeline_parallel * spec.data_parallel
     sizes = [
         size
@@ -132,10 +133,23 @@ def _fills(width: int, slots: int) -> bool:
 
 
 def _check_device(role: Role, shape: Shape, machine: Machine) -> None:
-    if machine.device == "cpu" and shape.width > 1:
+    able = ABILITIES[machine.engine]
+    if machine.device == "cpu" and shape.width > 1 and not able.cpu_workers:
         raise PlanError(
-            f"{role}: {shape.formula()} is {shape.width} processes, but an engine on device cpu is one",
+            f"{role}: {shape.formula()} is {shape.width} workers, but an engine of {able.title} "
+            "on device cpu is one",
             hint=f"leave out the parallel sizes of `{role}` and use `replicas` for more engines",
+        )
+
+
+def _check_cpu_experts(role: Role, shape: Shape, facts: ModelFacts | None, machine: Machine) -> None:
+    able, experts = ABILITIES[machine.engine], facts is not None and facts.num_experts
+    if machine.device == "cpu" and shape.data > 1 and experts and not able.cpu_experts:
+        # vLLM 0.32: CpuCommunicator has no all_gatherv and no reduce_scatterv.
+        raise PlanError(
+            f"{role}.data_parallel is {shape.data}, but on device cpu {able.title} can't divide a model "
+            "with experts among ranks",
+            hint=f"leave `{role}.data_parallel` out and use `replicas` for more engines",
         )
 
 
@@ -176,15 +190,16 @@ def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
     """A replica is part of a node, or a whole number of whole nodes."""
     if shape.width <= machine.slots:
         return
+    unit = machine.unit
     if not ABILITIES[machine.engine].spans_nodes:
         raise PlanError(
-            f"{role}: {shape.formula()} needs {shape.width} GPUs, but engine {machine.engine} "
+            f"{role}: {shape.formula()} needs {shape.width} {unit}s, but engine {machine.engine} "
             f"runs inside one node, which has {machine.slots}",
-            hint=f"lower the parallel sizes of `{role}` to {machine.slots} GPUs in all",
+            hint=f"lower the parallel sizes of `{role}` to {count(machine.slots, unit)} in all",
         )
     if machine.slots < shape.slots:
         raise PlanError(
-            f"{role}: {shape.formula()} needs {shape.width} GPUs, but one node holds prefill and decode, "
+            f"{role}: {shape.formula()} needs {shape.width} {unit}s, but one node holds prefill and decode, "
             f"so at most {machine.slots} of its {shape.slots} are left",
             hint=f"lower the parallel sizes of `{role}`, or use `--nodes 2`",
         )
@@ -192,9 +207,9 @@ def _check_nodes(role: Role, shape: Shape, machine: Machine) -> None:
     even = ranks % shape.slots == 0 or shape.slots % ranks == 0
     if shape.width % shape.slots or not even:
         idle = shape.span * shape.slots - shape.width
-        wasted = f"{idle} GPUs would idle" if idle else "the ranks don't split evenly over them"
+        wasted = f"{count(idle, unit)} would idle" if idle else "the ranks don't split evenly over them"
         raise PlanError(
-            f"{role}: {shape.formula()} needs {shape.width} GPUs, which is {shape.span} nodes of "
+            f"{role}: {shape.formula()} needs {shape.width} {unit}s, which is {shape.span} nodes of "
             f"{shape.slots}: {wasted}",
             hint=f"make tensor_parallel × pipeline_parallel × data_parallel of `{role}` a multiple of "
             f"{shape.slots}, or at most {shape.slots}",

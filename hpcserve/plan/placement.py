@@ -42,20 +42,24 @@ def size_pool(
         idle = nodes % shape.span
         raise PlanError(
             f"{role} has {nodes} nodes, but a replica of {shape.formula()} takes {shape.span}: "
-            f"{count(idle, 'node')} ({count(idle * machine.slots, 'GPU')}) would idle",
+            f"{count(idle, 'node')} ({count(idle * machine.slots, machine.unit)}) would idle",
             hint=f"use {nodes - idle or shape.span} or {nodes - idle + shape.span} nodes for {role}",
         )
     if spec.replicas is not None:
         replicas = spec.replicas
         notes.model(key, replicas)
     elif machine.device == "cpu":
-        replicas = nodes
-        notes.derived(key, replicas, f"one engine per node on device cpu; `{key}` asks for more")
+        replicas = nodes // shape.span
+        notes.derived(key, replicas, f"one engine per {_place(shape)} on device cpu; `{key}` asks for more")
     else:
         replicas = capacity
         notes.derived(key, replicas, f"fills {count(nodes, 'node')} of {count(machine.slots, 'GPU')}")
     _check_pool(role, shape, replicas, capacity, nodes, machine, may_idle=may_idle)
     return Pool(role=role, shape=shape, replicas=replicas, first_node=first_node, nodes=nodes)
+
+
+def _place(shape: Shape) -> str:
+    return "node" if shape.span == 1 else f"{shape.span} nodes"
 
 
 def _check_pool(

@@ -39,11 +39,15 @@ class ReplicaPlan:
     nodes: tuple[int, ...]
     """Ranks of the nodes that carry it, head of the replica first."""
     gpus: tuple[int, ...]
-    """GPU indices used on each of its nodes; on `device: cpu`, the node's engine slots."""
+    """GPU indices used on each of its nodes; on `device: cpu`, the node's worker slots."""
     tensor_parallel: int
     pipeline_parallel: int
     data_parallel: int
     expert_parallel: bool
+
+    def rank_name(self, rank: int) -> str:
+        """Name of a data-parallel rank where it is a worker by itself."""
+        return f"{self.name}#{rank}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ class Plan:
     device: Literal["cuda", "cpu"]
     nodes: int
     slots_per_node: int
-    """GPUs per node, or engines per node on `device: cpu`; of the largest where nodes differ."""
+    """GPUs per node, or workers of engines per node on `device: cpu`; of the largest where nodes differ."""
     served_name: str
     walltime: int
     """Seconds."""

@@ -21,6 +21,7 @@ from .components import (
 from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_step, check_walltime
 from .memory import GIB
+from .offload import choose_offload
 from .parallel import Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
@@ -61,6 +62,7 @@ def make_plan(request: PlanRequest) -> Plan:
         check_kv_path(site, model.engine, nodes)
     placed, pool_nodes = _place(request, sites, roles, wishes, nodes, slots, device, notes)
     stage = _stage(request, notes)
+    kv_offload = choose_offload(request, sites.values(), device, notes)
     used = {
         role: _slots_asked(
             at, device, slots[role], [one for one in placed if not different or one.role == role]
@@ -77,6 +79,7 @@ def make_plan(request: PlanRequest) -> Plan:
             nodes=nodes,
             walltime=walltime,
             ready_timeout=ready_timeout,
+            kv_offload=kv_offload,
             stage=stage,
             **sized,  # type: ignore[arg-type]
         ),
@@ -206,7 +209,7 @@ def _place(
     site = next(iter(sites.values()))
     one_node_pair = len(roles) == 2 and nodes == 1
     if one_node_pair and slots["prefill"] < 2:
-        unit = "GPU" if device == "cuda" else "engine slot"
+        unit = "GPU" if device == "cuda" else "worker slot"
         raise PlanError(
             f"prefill and decode need one {unit} each, but the job has one node with {slots['prefill']}",
             hint="use `--nodes 2`, or an `aggregated:` pool",

@@ -28,6 +28,7 @@ _HOP_BY_HOP = frozenset(
     {
         b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
         b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"x-request-id",
+        b"x-data-parallel-rank",
     }
 )  # fmt: skip
 # The client's key is for us alone. Engines answer uncompressed to the router: it must see where events end.

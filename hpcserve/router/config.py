@@ -28,6 +28,12 @@ class WorkerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Its engine's ports by name, as in `Engine.ports()`."""
     generation: int = 0
     """Grows at each start of the engine."""
+    replica: str | None = None
+    """The replica that it is, or is a data-parallel rank of; None: one of its own."""
+    rank: int | None = None
+    """Which rank of it, as the engine's metrics count them."""
+    headers: Mapping[str, str] = {}
+    """Sent along with each request, where several workers have one URL."""
     slot: int | None = None
     """Its place on the board of shared loads; given by the supervisor."""
     domain: str | None = None

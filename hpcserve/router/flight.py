@@ -146,7 +146,7 @@ class Flight:
         self._computes = worker is decision.prefill or decision.prefill is None
         if self._computes:
             router.placer.prefill_began(worker, decision.uncached_tokens, now)
-        headers = self._call.engine_headers(encoded=bool(self._prefill))
+        headers = [*self._call.engine_headers(encoded=bool(self._prefill)), *worker.headers]
         origin, host, target = client.split(worker.url + self._exchange.target)
         self._request = client.encode("POST", host, target, headers, body)
         connection = router.pool.take(origin)

@@ -181,7 +181,7 @@ class Legs:
                             response = await self.pool.request(
                                 request.method,
                                 worker.url + request.target,
-                                headers=request.headers,
+                                headers=[*request.headers, *worker.headers],
                                 body=request.body,
                             )
                         first = await response.next_chunk()

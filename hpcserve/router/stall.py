@@ -126,7 +126,9 @@ class StallWatch:
         """Another one could do its work, and is not suspected itself."""
         same = self._table.with_role(worker.role)
         deputies = self._table.with_role("decode") if worker.role == "prefill" and not self._paired else []
-        return any(other is not worker and other not in self._asking for other in (*same, *deputies))
+        return any(
+            other.replica != worker.replica and other not in self._asking for other in (*same, *deputies)
+        )
 
     async def _dead(self, worker: Worker) -> str | None:
         """What is wrong with its /health; None when it lives."""

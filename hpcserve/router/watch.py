@@ -129,30 +129,42 @@ class Watch:
         while True:
             current = tuple(specs())
             await asyncio.sleep(max(_EVERY, _WORKER_COST * len(current)))
-            read = await asyncio.gather(*(self._facts(spec, busy(spec.name)) for spec in current))
+            asked = {spec.name for spec in current if not self._waits or busy(spec.name)}
+            urls = {spec.url.rstrip("/") for spec in current if spec.name in asked}
+            texts = dict(await asyncio.gather(*map(self._metrics_of, urls)))
+            read = [
+                self._facts(spec, texts[spec.url.rstrip("/")]) if spec.name in asked else self._idle(spec)
+                for spec in current
+            ]
             running = set(map(_start, current))
             self._last = {start: facts for start, facts in self._last.items() if start in running}
             told = {spec.name: facts for spec, facts in zip(current, read, strict=True) if facts is not None}
             if told:
                 tell(told)
 
-    async def _facts(self, spec: WorkerSpec, busy: bool) -> Mapping[str, Any] | None:
-        """None: it does not say; its liveness is not this method's business."""
-        if self._waits and not busy:
-            return self._idle(spec)
+    async def _metrics_of(self, url: str) -> tuple[str, bytes | None]:
+        """A server's metrics, of all its ranks. None: it does not say; its liveness is not this method's
+        business."""
         try:
             async with asyncio.timeout(_PATIENCE + self._waits):
-                url = spec.url.rstrip("/") + self._metrics
-                async with await self._pool.request("GET", url, headers=self._headers) as response:
+                path = url + self._metrics
+                async with await self._pool.request("GET", path, headers=self._headers) as response:
                     text = await response.read(_METRICS_MAX)
-            if response.status != 200:
-                return None
+            return url, text if response.status == 200 else None
+        except (UpstreamError, TimeoutError) as error:
+            log.debug("no metrics at %s: %s", url, error)
+            return url, None
+
+    def _facts(self, spec: WorkerSpec, text: bytes | None) -> Mapping[str, Any] | None:
+        if text is None:
+            return None
+        try:
             if not iteration_stats.is_list(text):
-                return dataclasses.asdict(EngineFacts.parse(text.decode("utf-8", "replace")))
+                return dataclasses.asdict(EngineFacts.parse(text.decode("utf-8", "replace"), spec.rank))
             start = _start(spec)
             self._last[start] = facts = iteration_stats.read(text, self._last.get(start))
             return dataclasses.asdict(facts)
-        except (UpstreamError, TimeoutError, ValueError) as error:
+        except ValueError as error:
             log.debug("no metrics of %s: %s", spec.name, error)
             return None
 

@@ -45,19 +45,24 @@ class Running(Protocol):
 
 
 class Worker:
-    """One generation of one replica. A restarted engine is a new Worker."""
+    """One generation of one replica, or of one of its data-parallel ranks. A restarted engine is a new
+    Worker."""
 
     __slots__ = (
-        "breaker", "domain", "facts", "generation", "gone", "leases", "load", "models", "name", "ports",
-        "queue", "rates", "role", "slot", "url",
+        "breaker", "domain", "facts", "generation", "gone", "headers", "leases", "load", "models", "name",
+        "ports", "queue", "rates", "replica", "role", "slot", "url",
     )  # fmt: skip
 
-    def __init__(self, spec: WorkerSpec, board: Board | None = None) -> None:
+    def __init__(self, spec: WorkerSpec, board: Board | None = None, breaker: Breaker | None = None) -> None:
         self.name = spec.name
+        self.replica = spec.replica or spec.name
+        """What it lives and dies with: ranks of one replica share it."""
         self.role: Role = spec.role
         self.url = spec.url.rstrip("/")
         self.ports = spec.ports
         """Its engine's ports by name, where the head knows them."""
+        self.headers = tuple((name.encode(), value.encode()) for name, value in spec.headers.items())
+        """What requests to it have besides their own headers."""
         self.generation = spec.generation
         self.slot = spec.slot
         """Its place on the board; None: known to this process alone."""
@@ -72,7 +77,8 @@ class Worker:
         """NVLink domain or leaf switch; None: not known."""
         self.models = spec.models
         """What it serves, as its /v1/models said; () is the endpoint's own model."""
-        self.breaker = Breaker()
+        self.breaker = breaker or Breaker()
+        """Ranks of one replica have one: where one of them fails, so do the others."""
         self.gone = False
         """It has left the table: whatever it keeps can't be reached."""
         self.leases: set[Running] = set()
@@ -213,7 +219,7 @@ class WorkerTable:
             worker.gone = True
         for name, spec in announced.items():
             if name not in self._workers:
-                worker = self._workers[name] = Worker(spec, self._board)
+                worker = self._workers[name] = Worker(spec, self._board, self._breaker_of(spec))
                 last = self._generations.get(name, spec.generation)
                 if worker.role == "prefill" and last < spec.generation:
                     worker.breaker.probation(asyncio.get_running_loop().time())
@@ -225,6 +231,13 @@ class WorkerTable:
         # Last, so that what is started again sees the new table.
         for worker, reason in leaving:
             worker.abort(reason)
+
+    def _breaker_of(self, spec: WorkerSpec) -> Breaker | None:
+        """The one that other ranks of this start of its replica have."""
+        for other in self._workers.values():
+            if (other.replica, other.generation) == (spec.replica, spec.generation):
+                return other.breaker
+        return None
 
     def with_role(self, role: Role) -> list[Worker]:
         return self._by_role[role]

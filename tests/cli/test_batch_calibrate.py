@@ -67,7 +67,7 @@ def test_a_small_dataset_is_used_whole(user: World) -> None:
         (
             (*WORDS, "--nodes", "1"),
             4,
-            "prefill and decode need one engine slot each, but the job has one node with 1",
+            "prefill and decode need one worker slot each, but the job has one node with 1",
         ),
         (("model.yaml", "none.jsonl", *WORDS[2:]), 3, "none.jsonl"),
     ],

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from hpcserve.config.model import RoleSpec
+from hpcserve.config.model import KvOffloadSpec, RoleSpec
 from hpcserve.config.site import NetworkSite, NodeSite
+from hpcserve.engines.base import EngineCommand
 from hpcserve.engines.vllm import RESERVED, VLLM
 from hpcserve.errors import ConfigError
 from tests.plan.cases import model, site, tp
@@ -84,11 +85,11 @@ def test_aggregated_has_no_transfer() -> None:
 
 def test_cpu() -> None:
     pair = model(prefill=RoleSpec(), decode=RoleSpec(), dtype="float32")
-    made = command(pair, site(gpus=0), replica="decode-0", nodes=2, cpus=(2, 3))
+    made = command(pair, site(gpus=0), replica="decode-0", nodes=2, cpus=((2, 3), (4,)))
     assert flags(made.argv)["--dtype"] == "float32"
     assert json.loads(flags(made.argv)["--kv-transfer-config"] or "")["kv_buffer_device"] == "cpu"
     assert made.env["VLLM_TARGET_DEVICE"] == "cpu"
-    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "2,3|4"
     assert made.env["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert "CUDA_VISIBLE_DEVICES" not in made.env
 
@@ -105,7 +106,7 @@ def test_a_replica_over_two_nodes() -> None:
     assert (head["--nnodes"], head["--node-rank"], head["--master-addr"]) == ("2", "0", "10.0.0.1")
     assert "--headless" not in head
     second = command(wide, site(), replica="aggregated-0", nodes=2, node=1)
-    assert second.argv[2:6] == ("vllm.entrypoints.cli.main", "serve", "/models/llama", "--headless")
+    assert second.argv[2:6] == ("hpcserve.engines.vllm_headless", "--model", "/models/llama", "--headless")
     other = flags(second.argv)
     assert (other["--node-rank"], other["--master-addr"]) == ("1", "10.0.0.1")
     assert other["--master-port"] == head["--master-port"]
@@ -127,6 +128,62 @@ def test_data_parallel_ranks_over_two_nodes() -> None:
     assert found["--data-parallel-rpc-port"] == made.ports["dp_rpc"]
     assert found["--enable-expert-parallel"] is None
     assert VLLM.shared_ports <= set(made.ports)
+    # Experts' ranks: each node has an API for its own.
+    second = command(spec, site(), replica="prefill-0", nodes=3, node=1)
+    assert second.argv[2] == "vllm.entrypoints.openai.api_server"
+    other = flags(second.argv)
+    assert other["--host"] == "10.0.0.2"
+    assert "--headless" not in other
+    assert found["--data-parallel-hybrid-lb"] is other["--data-parallel-hybrid-lb"] is None
+    assert [(each.rank, each.node, each.headers) for each in VLLM().routed_ranks(made.replica)] == [
+        (rank, rank // 2, {"x-data-parallel-rank": str(rank % 2)}) for rank in range(4)
+    ]
+
+
+def test_without_experts_one_api_has_all_ranks() -> None:
+    spec = model(aggregated=tp(4, data_parallel=4))
+    made = context(spec, site(), replica="aggregated-0", nodes=2)
+    assert "--data-parallel-hybrid-lb" not in flags(VLLM().command(made).argv)
+    second = command(spec, site(), replica="aggregated-0", nodes=2, node=1)
+    assert second.argv[2] == "hpcserve.engines.vllm_headless"
+    assert [(each.rank, each.node, each.headers) for each in VLLM().routed_ranks(made.replica)] == [
+        (rank, 0, {"x-data-parallel-rank": str(rank)}) for rank in range(4)
+    ]
+    assert VLLM().routed_ranks(context(model(), site(), replica="aggregated-0").replica) == ()
+
+
+def transfer(made: EngineCommand) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(flags(made.argv)["--kv-transfer-config"] or "")
+    return read
+
+
+def test_kv_tiers_stand_behind_nixl() -> None:
+    tiers = KvOffloadSpec(cpu_gib=64, disk_gib=500)
+    spec = model(prefill=tp(8), decode=tp(4), kv_offload=tiers)
+    for replica, role, share in (("prefill-0", "kv_producer", 64), ("decode-0", "kv_consumer", 32)):
+        both = transfer(command(spec, site(), replica=replica, nodes=2))
+        assert (both["kv_connector"], both["kv_role"]) == ("MultiConnector", role)
+        assert both["kv_load_failure_policy"] == "recompute"
+        nixl, kept = both["kv_connector_extra_config"]["connectors"]
+        assert (nixl["kv_connector"], nixl["kv_role"]) == ("NixlConnector", role)
+        assert (kept["kv_connector"], kept["kv_role"]) == ("OffloadingConnector", "kv_both")
+        extra = kept["kv_connector_extra_config"]
+        assert extra["cpu_bytes_to_use"] == share << 30
+        assert extra["self_describing_kv_events"] is True
+        assert extra["secondary_tiers"][0]["root_dir"] == "/tmp/job/kv-blocks"
+        # Names of engines are vLLM's to give: it gives each child its own.
+        assert "engine_id" not in nixl and "engine_id" not in kept
+    made = context(spec, site(), replica="decode-0", nodes=2)
+    assert VLLM().disk_tier(made) == ("/tmp/job/kv-blocks", 250 << 30)
+
+
+def test_kv_tiers_of_an_engine_without_a_partner() -> None:
+    alone = transfer(command(model(kv_offload=KvOffloadSpec(cpu_gib=64)), site(), replica="aggregated-0"))
+    assert alone["kv_connector"] == "OffloadingConnector"
+    assert "spec_name" not in alone["kv_connector_extra_config"]
+    on_cpu = model(kv_offload=KvOffloadSpec(cpu_gib=64), device="cpu")
+    extra = transfer(command(on_cpu, site(gpus=0), replica="aggregated-0"))["kv_connector_extra_config"]
+    assert extra["spec_module_path"] == "hpcserve.engines.vllm_offload"
 
 
 def test_top_level_keys_become_flags() -> None:

@@ -8,17 +8,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
-from hpcserve.config.model import RoleSpec
+from hpcserve.config.model import KvOffloadSpec, RoleSpec
+from hpcserve.engines.vllm import VLLM
 from hpcserve.render.engine import engine_commands
 from tests.plan.cases import model, site, tp
 from tests.render.golden import RECIPES, recipe
 
 from .cases import command
 
+TIERS = KvOffloadSpec(cpu_gib=100, disk_gib=1000)
 READ = """
 import json, sys
 from vllm.config import KVTransferConfig
@@ -37,6 +40,7 @@ for argv in json.load(sys.stdin):
         "served": args.served_model_name, "shutdown": args.shutdown_timeout,
         "role": transfer and transfer.kv_role, "seqs": args.max_num_seqs,
         "parallel": [args.tensor_parallel_size, args.data_parallel_size, args.enable_expert_parallel],
+        "connector": transfer and transfer.kv_connector, "hybrid": args.data_parallel_hybrid_lb,
         "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
         "cumem": args.enable_cumem_allocator,
     })
@@ -67,6 +71,9 @@ def test_vllm_reads_every_command_line() -> None:
         command(wide, site(), replica="prefill-0", nodes=3, kv_over_nvlink=True),
         command(wide, site(), replica="prefill-0", nodes=3, node=1),
         command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
+        command(model(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2, node=1),
+        command(replace(pair, kv_offload=TIERS), site(), replica="decode-0", nodes=2),
+        command(model(kv_offload=TIERS), site(), replica="aggregated-0"),
     ]
     shown = [placed for name in RECIPES for placed in engine_commands(recipe(name))]
     # `serve` is the name of a subcommand; its parser reads the rest.
@@ -82,11 +89,11 @@ def test_vllm_reads_every_command_line() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("READ")]
-    prefill, decode, head, second, alone, *recipes = json.loads(line.removeprefix("READ"))
-    assert len(recipes) == len(shown)
-    for (replica, rank, _), found in zip(shown, recipes, strict=True):
+    read = json.loads(line.removeprefix("READ"))
+    prefill, decode, head, second, alone, headless, tiered, only = read[: len(made)]
+    for (replica, rank, _), found in zip(shown, read[len(made) :], strict=True):
         assert found["role"] == {"prefill": "kv_producer", "decode": "kv_consumer"}[replica.role]
-        assert found["headless"] == (rank != replica.nodes[0])
+        assert found["headless"] == (replica.nodes.index(rank) not in VLLM().api_nodes(replica))
         assert found["parallel"] == [
             replica.tensor_parallel, replica.data_parallel, replica.expert_parallel
         ]  # fmt: skip
@@ -96,9 +103,10 @@ def test_vllm_reads_every_command_line() -> None:
     assert prefill["served"] == ["llama"]
     assert (prefill["seqs"], prefill["prefix"], prefill["overrides"]) == (64, False, {"a": 1})
     assert (prefill["cumem"], head["cumem"]) == (False, True)
-    assert (head["nnodes"], head["headless"], second["headless"], second["tag"]) == (
-        2,
-        False,
-        True,
-        "/models/llama",
-    )
+    assert [(each["nnodes"], each["headless"], each["hybrid"]) for each in (head, second, headless)] == [
+        (2, False, True), (2, False, True), (2, True, False),
+    ]  # fmt: skip
+    assert headless["tag"] == "/models/llama"
+    assert [(each["connector"], each["role"]) for each in (tiered, only)] == [
+        ("MultiConnector", "kv_consumer"), ("OffloadingConnector", "kv_both"),
+    ]  # fmt: skip

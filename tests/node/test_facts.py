@@ -401,9 +401,9 @@ def test_end_time_asks_scontrol_when_squeue_does_not_know(tmp_path: Path) -> Non
 def test_engines_on_one_machine_get_cores_of_their_own() -> None:
     plan = make_plan(2)
     same = [facts(0, machine_id="m", cpus=(0, 1)), facts(1, machine_id="m", cpus=(0, 1))]
-    assert share_cores(plan, same) == {(0, "prefill-0"): (0,), (1, "decode-0"): (1,)}
+    assert share_cores(plan, same) == {(0, "prefill-0"): ((0,),), (1, "decode-0"): ((1,),)}
     apart = [facts(0, cpus=(0, 1)), facts(1, cpus=(0, 1))]
-    assert share_cores(plan, apart) == {(0, "prefill-0"): (0, 1), (1, "decode-0"): (0, 1)}
+    assert share_cores(plan, apart) == {(0, "prefill-0"): ((0, 1),), (1, "decode-0"): ((0, 1),)}
     assert share_cores(make_plan(2, device="cuda"), same) == {}
 
 

@@ -42,7 +42,7 @@ class Node:
         self.url = ""
         self.heard: list[KvMessage] = []
         self.failing = False
-        self.news = KvNews(3, [(self.replica, [self.engine.endpoint])], self._send)
+        self.news = KvNews(3, [(self.replica, {self.replica.name: [self.engine.endpoint]})], self._send)
 
     async def open(self) -> None:
         desk = Desk(heartbeat=lambda beat: {}, kv_news=self._hear, status=dict, drain=_nothing, stop=_nothing)

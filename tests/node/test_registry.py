@@ -148,8 +148,11 @@ def test_only_the_head_process_of_a_replica_speaks_for_it() -> None:
     seen.heartbeat(beat(1, "aggregated-0", "loading"), 0)
     assert seen.replicas["aggregated-0"].entry is None
     seen.heartbeat(beat(0, "aggregated-0", "starting", ports={"master": 29501}), 0)
-    assert seen.leaders(1) == {"aggregated-0": {"generation": 1, "ports": {"master": 29501}}}
+    head = {"generation": 1, "ports": {"master": 29501}}
+    assert seen.leaders(1) == {"aggregated-0": {**head, "ready": False}}
     assert seen.leaders(0) == {}
+    seen.heartbeat(beat(0, "aggregated-0", "ready", ports={"master": 29501}), 0)
+    assert seen.leaders(1) == {"aggregated-0": {**head, "ready": True}}
 
 
 def test_nothing_is_left_to_hope_for_when_all_decode_is_lost_or_given_up() -> None:
@@ -165,7 +168,7 @@ def test_nothing_is_left_to_hope_for_when_all_decode_is_lost_or_given_up() -> No
 
 def targets(role: str, *places: str) -> list[Target]:
     return [
-        Target(name=f"{role}-{index}", url="u", generation=1, machine=place)
+        Target(name=f"{role}-{index}", replica=f"{role}-{index}", url="u", generation=1, machine=place)
         for index, place in enumerate(places)
     ]
 

@@ -268,3 +268,15 @@ def test_a_site_stages_models_that_are_paths_unless_model_yaml_says_no() -> None
     assert hub.model.stage is False
     assert note(hub, "stage").where == "`model` is not an absolute path"
     assert plan().model.stage is False
+
+
+def test_workers_on_the_cpu_take_slots_as_they_take_gpus() -> None:
+    spread = plan(model(device="cpu", prefill=tp(2, nodes=2), decode=RoleSpec(nodes=1)), site(gpus=0))
+    assert layout(spread) == ["0: prefill-0/0[0]", "1: prefill-0/1[0]", "2: decode-0[0]"]
+    told = {note.key: note.where for note in spread.explanations}
+    assert (
+        told["prefill.replicas"] == "one engine per 2 nodes on device cpu; `prefill.replicas` asks for more"
+    )
+    here = site(gpus=0, engines=4)
+    ranks = plan(model(device="cpu", aggregated=tp(1, data_parallel=2, replicas=2)), here)
+    assert layout(ranks) == ["0: aggregated-0[0-1] aggregated-1[2-3]"]

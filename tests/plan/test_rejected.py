@@ -94,7 +94,7 @@ CASES = [
     Case(
         "fewer replicas than nodes",
         model(decode=RoleSpec(nodes=3, replicas=2), device="cpu"), site(engines=2), {"nodes": 4},
-        "decode.replicas is 2, but decode has 3 nodes: 1 node (2 engine slots) would idle",
+        "decode.replicas is 2, but decode has 3 nodes: 1 node (2 worker slots) would idle",
         "set `decode.replicas` to 6, or give decode 2 nodes",
     ),
     Case(
@@ -175,9 +175,15 @@ CASES = [
     ),
     Case(
         "parallel sizes on the CPU",
-        model(device="cpu", aggregated=tp(2)), site(gpus=0), {},
-        "aggregated: tensor_parallel 2 is 2 processes, but an engine on device cpu is one",
+        model(engine="sglang", device="cpu", aggregated=tp(2)), site(gpus=0), {},
+        "aggregated: tensor_parallel 2 is 2 workers, but an engine of SGLang on device cpu is one",
         "leave out the parallel sizes of `aggregated` and use `replicas` for more engines",
+    ),
+    Case(
+        "ranks that share experts on the CPU",
+        model(device="cpu", aggregated=tp(1, data_parallel=2)), site(gpus=0, engines=2), {"facts": DEEPSEEK},
+        "aggregated.data_parallel is 2, but on device cpu vLLM can't divide a model with experts among ranks",
+        "leave `aggregated.data_parallel` out and use `replicas` for more engines",
     ),
     Case(
         "decode with pipeline stages",

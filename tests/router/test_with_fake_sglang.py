@@ -145,7 +145,9 @@ def test_without_a_prefill_engine_the_client_hears_so(fleet: Fleet, ours: openai
 
 def test_the_head_proves_a_pair_by_the_bytes_that_prefill_sent(fleet: Fleet) -> None:
     def target(name: str, **ports: int) -> Target:
-        return Target(name=name, url=fleet.engines[name].url, generation=1, ports=ports, machine=name)
+        return Target(
+            name=name, replica=name, url=fleet.engines[name].url, generation=1, ports=ports, machine=name
+        )
 
     async def prove() -> None:
         calls = Calls(JOB_KEY)

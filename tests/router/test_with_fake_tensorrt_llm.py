@@ -233,7 +233,7 @@ def test_probabilities_are_told_by_one_engine(fleet: Fleet, ours: openai.OpenAI)
 
 def test_the_head_proves_a_pair_by_its_answer(fleet: Fleet) -> None:
     def target(name: str) -> Target:
-        return Target(name=name, url=fleet.engines[name].url, generation=1, machine=name)
+        return Target(name=name, replica=name, url=fleet.engines[name].url, generation=1, machine=name)
 
     async def prove() -> None:
         calls = Calls(JOB_KEY)

@@ -18,7 +18,7 @@ from .answers import StreamedAnswer, WholeAnswer
 from .failures import Failures
 from .flags import Flags
 from .kv_cache import BlockPool
-from .metrics import Metrics
+from .metrics import Metrics, text
 from .puller import Puller
 from .requests import Generation, RequestError
 from .scheduler import Scheduler
@@ -55,8 +55,10 @@ class Engine:
 class App:
     """Answers requests; `handle` is what the HTTP server calls."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *others: Engine) -> None:
+        """With `others` there is one engine for each data-parallel rank."""
         self._engine = engine
+        self._ranks = (engine, *others)
         self._created = int(time.time())
         self._key = None if engine.flags.api_key is None else b"Bearer " + engine.flags.api_key.encode()
         self._routes: dict[tuple[str, str], Callable[[Exchange], Awaitable[None]]] = {
@@ -131,26 +133,40 @@ class App:
     async def _generate(
         self, exchange: Exchange, parse: Callable[[Json, Flags, str | None], Generation]
     ) -> None:
-        engine = self._engine
         body = await self._json(exchange)
+        engine = self._rank_of(exchange)
         if engine.draining:
             raise RequestError("Server is shutting down", status=503, kind="ServiceUnavailableError")
         request_id = exchange.header(b"x-request-id")
         try:
             generation = parse(body, engine.flags, request_id.decode("latin-1") if request_id else None)
         except RequestError:
-            self._free_remote(body.get("kv_transfer_params"))
+            self._free_remote(engine, body.get("kv_transfer_params"))
             raise
         engine.failures.request_arrived()
-        await self._answer(exchange, generation)
+        await self._answer(exchange, generation, engine)
 
-    def _free_remote(self, params: Any) -> None:
+    def _rank_of(self, exchange: Exchange) -> Engine:
+        """The engine that a request names, or the one with the least to do."""
+        named = exchange.header(b"x-data-parallel-rank")
+        try:
+            rank = None if named is None else int(named)
+        except ValueError:
+            # vLLM does not complain either (entrypoints/generate/base/serving.py).
+            rank = None
+        if rank is None:
+            return min(self._ranks, key=lambda engine: engine.scheduler.unfinished)
+        if not 0 <= rank < len(self._ranks):
+            raise RequestError(f"data_parallel_rank {rank} is out of range [0, {len(self._ranks)}).")
+        return self._ranks[rank]
+
+    def _free_remote(self, engine: Engine, params: Any) -> None:
         """A refused request frees what prefill holds for it, as in vLLM."""
-        if self._engine.puller is not None and isinstance(params, dict) and params.get("do_remote_prefill"):
-            self._engine.puller.notify_params(params)
+        if engine.puller is not None and isinstance(params, dict) and params.get("do_remote_prefill"):
+            engine.puller.notify_params(params)
 
-    async def _answer(self, exchange: Exchange, generation: Generation) -> None:
-        scheduler = self._engine.scheduler
+    async def _answer(self, exchange: Exchange, generation: Generation, engine: Engine) -> None:
+        scheduler = engine.scheduler
         answer = self._open(exchange, generation, len(generation.prompts) * len(generation.samplings))
         sequences = self._sequences(generation, answer)
         for sequence in sequences:
@@ -218,14 +234,20 @@ class App:
         exchange.respond(200, self._metrics_text(), _METRICS_TYPE)
 
     def _metrics_text(self) -> bytes:
-        return self._engine.metrics.text()
+        return text(engine.metrics for engine in self._ranks)
 
     async def _load(self, exchange: Exchange) -> None:
-        exchange.respond(200, _encode({"server_load": self._engine.scheduler.unfinished}))
+        exchange.respond(
+            200, _encode({"server_load": sum(engine.scheduler.unfinished for engine in self._ranks)})
+        )
 
     async def _kv_event_sources(self, exchange: Exchange) -> None:
-        events = self._engine.events
-        exchange.respond(200, _encode({} if events is None else {"0": events.describe()}))
+        found = {
+            str(rank): engine.events.describe()
+            for rank, engine in enumerate(self._ranks)
+            if engine.events is not None
+        }
+        exchange.respond(200, _encode(found))
 
     async def _models(self, exchange: Exchange) -> None:
         exchange.respond(200, _encode(responses.models(self._engine.flags, self._created)))
@@ -258,9 +280,10 @@ class App:
         exchange.respond(200, _encode({"prompt": tokens.decode(ids)}))
 
     async def _reset_prefix_cache(self, exchange: Exchange) -> None:
-        if not self._engine.pool.clear():
-            log.warning("Failed to reset prefix cache because some blocks are not freed yet")
-        self._engine.scheduler.wake()
+        for engine in self._ranks:
+            if not engine.pool.clear():
+                log.warning("Failed to reset prefix cache because some blocks are not freed yet")
+            engine.scheduler.wake()
         exchange.respond(200, b"")
 
     async def _fail(self, exchange: Exchange) -> None:

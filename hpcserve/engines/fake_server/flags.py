@@ -33,8 +33,10 @@ class Flags:
     """Of prefill engines in SGLang's dialect."""
     bootstrap_timeout: float
     side_channel_port: int | None
+    """Of the first data-parallel rank; the next ones' follow."""
+    data_parallel_size: int
     kv_events: str | None
-    """ZMQ address to bind; None publishes nothing."""
+    """ZMQ address to bind for the first rank; None publishes nothing."""
     kv_replay: str | None
     kv_lease: float
     kv_load_failure_policy: str
@@ -79,6 +81,8 @@ def parse(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.env
             f"--max-model-len {args['max_model_len']} is larger than the maximum number of tokens"
             f" that can be stored in KV cache ({longest})"
         )
+    if args["data_parallel_size"] > 1 and args["dialect"] != "vllm":
+        parser.error("--data-parallel-size is for --dialect vllm")
     if args["dialect"] != "vllm":
         # The others' decode engines compute no prompt whose KV does not come.
         args["kv_load_failure_policy"] = "fail"
@@ -138,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="sglang: how long one waits for the other (s)",
     )
     add("--side-channel-port", type=_port, help="where KV blocks are pulled from")
+    add("--data-parallel-size", type=_count, default=1, help="engines behind this server")
     add(
         "--kv-events-config",
         metavar="JSON",

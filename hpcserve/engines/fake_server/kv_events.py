@@ -24,12 +24,23 @@ _TOPIC = b""
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
+def of_rank(address: str, rank: int) -> str:
+    """A data-parallel rank's address, made of the first one's as in vLLM (distributed/kv_events.py)."""
+    if not rank:
+        return address
+    if "inproc" in address:
+        return f"{address}_dp{rank}"
+    base, _, port = address.rpartition(":")
+    return f"{base}:{int(port) + rank}"
+
+
 class KVEventPublisher:
     """Binds at once; `start()` begins to answer replay requests. Raises OSError if an address is taken."""
 
-    def __init__(self, endpoint: str, replay_endpoint: str | None) -> None:
-        self.endpoint = endpoint
-        self.replay_endpoint = replay_endpoint
+    def __init__(self, endpoint: str, replay_endpoint: str | None, *, rank: int = 0) -> None:
+        self.endpoint = of_rank(endpoint, rank)
+        self.replay_endpoint = None if replay_endpoint is None else of_rank(replay_endpoint, rank)
+        self._rank = rank
         self._context = zmq.asyncio.Context()
         plain: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context.underlying)
         self._publisher: zmq.Socket[bytes] = plain.socket(zmq.PUB)
@@ -55,7 +66,7 @@ class KVEventPublisher:
 
     def publish(self, events: Sequence[Event]) -> None:
         """One batch; its number is one more than the last batch's."""
-        payload = self._pack.encode([time.time(), list(events), 0])
+        payload = self._pack.encode([time.time(), list(events), self._rank])
         number = self._next
         self._next += 1
         self._publisher.send_multipart((_TOPIC, number.to_bytes(8, "big"), payload))

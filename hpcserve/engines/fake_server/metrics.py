@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from .sequence import FinishReason, Sequence
 
@@ -48,10 +48,17 @@ class Watched(Protocol):
 
 
 class Metrics:
-    """Counters of one engine; `text()` is the body of /metrics."""
+    """Counters of one engine."""
 
     def __init__(
-        self, model_name: str, max_model_len: int, *, transfers: bool, blocks: int = 0, block_size: int = 0
+        self,
+        model_name: str,
+        max_model_len: int,
+        *,
+        transfers: bool,
+        blocks: int = 0,
+        block_size: int = 0,
+        rank: int = 0,
     ) -> None:
         """`blocks` of `block_size` tokens are the KV cache; 0 leaves its size unsaid."""
         self._registry = CollectorRegistry()
@@ -62,8 +69,8 @@ class Metrics:
                 ("block_size", "num_gpu_blocks", "engine"),
                 registry=self._registry,
             )
-            info.labels(str(block_size), str(blocks), "0").set(1)
-        self._values = (model_name, "0")
+            info.labels(str(block_size), str(blocks), str(rank)).set(1)
+        self._values = (model_name, str(rank))
         self._transfers = transfers
         lengths = tuple(_one_two_five(max_model_len))
         counter, histogram = self._counter, self._histogram
@@ -209,8 +216,8 @@ class Metrics:
         self._transfer_bytes.observe(size)
         self._transfer_descriptors.observe(descriptors)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
+    def families(self) -> Iterable[Metric]:
+        return self._registry.collect()
 
     def _prompt_done(self, sequence: Sequence) -> None:
         cached = sequence.cached_tokens
@@ -269,6 +276,27 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         metric = Histogram(f"vllm:{name}", text, _LABELS, registry=self._registry, buckets=tuple(buckets))
         return metric.labels(*self._values)
+
+
+class _Together:
+    """Several engines' metrics, each under its name once."""
+
+    def __init__(self, engines: Iterable[Metrics]) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        for engine in self._engines:
+            for family in engine.families():
+                first = found.setdefault(family.name, family)
+                if first is not family:
+                    first.samples += family.samples
+        return found.values()
+
+
+def text(engines: Iterable[Metrics]) -> bytes:
+    """The body of /metrics."""
+    return generate_latest(_Together(engines))
 
 
 def _one_two_five(largest: int) -> Iterable[float]:

@@ -111,8 +111,9 @@ class _Parts:
         """Bind all ports before the model loads, as vLLM does. Raises OSError."""
         parts = cls(flags, failures)
         try:
-            if parts.side_channel is not None:
-                await parts.side_channel.start()
+            for rank in parts.ranks:
+                if rank.side_channel is not None:
+                    await rank.side_channel.start()
         except OSError:
             parts.close()
             raise
@@ -121,11 +122,67 @@ class _Parts:
     def __init__(self, flags: Flags, failures: Failures) -> None:
         self._flags = flags
         self._sock = bind(flags.host, flags.port)
+        self.ranks: list[_Rank] = []
         try:
-            self.events = _publisher(flags)
+            for rank in range(flags.data_parallel_size):
+                self.ranks.append(_Rank(flags, failures, rank))
         except OSError:
-            self._sock.close()
+            self.close()
             raise
+
+    async def serve(self) -> Server:
+        """Answer requests from now on."""
+        for rank in self.ranks:
+            rank.start()
+        server = await serve(self._app().handle, sock=self._sock, cancel_on_disconnect=True)
+        log.info("Starting vLLM server on http://%s:%d", self._flags.host, server.port)
+        _say(f"INFO:     Started server process [{os.getpid()}]")
+        _say("INFO:     Waiting for application startup.")
+        _say("INFO:     Application startup complete.")
+        return server
+
+    def _app(self) -> App:
+        first = self.ranks[0]
+        match self._flags.dialect:
+            case "sglang":
+                channel = first.side_channel
+                return SGLangApp(first.engine, channel if isinstance(channel, Rooms) else None)
+            case "tensorrt-llm":
+                return ContextApp(first.engine, first.side_channel)
+            case _:
+                return App(*(rank.engine for rank in self.ranks))
+
+    @property
+    def unfinished(self) -> int:
+        return sum(rank.engine.scheduler.unfinished for rank in self.ranks)
+
+    def abort_all(self) -> None:
+        for rank in self.ranks:
+            rank.engine.scheduler.abort_all()
+
+    def drain(self) -> None:
+        for rank in self.ranks:
+            rank.engine.draining = True
+
+    async def idle(self) -> None:
+        """Wait for the last request, and on a prefill engine for the last pull, as vLLM's drain does."""
+        for rank in self.ranks:
+            await rank.engine.scheduler.idle()
+            if rank.side_channel is not None:
+                await rank.side_channel.idle()
+
+    def close(self) -> None:
+        self._sock.close()
+        for rank in self.ranks:
+            rank.close()
+
+
+class _Rank:
+    """One data-parallel rank: an engine with a cache, metrics and sockets of its own."""
+
+    def __init__(self, flags: Flags, failures: Failures, rank: int) -> None:
+        """Raises OSError when an address is taken."""
+        self.events = _publisher(flags, rank)
         queue: list[Event] = []
         pool = BlockPool(flags.kv_blocks, flags.block_size, queue.append if self.events else None)
         metrics = Metrics(
@@ -134,13 +191,18 @@ class _Parts:
             transfers=flags.disaggregated,
             blocks=flags.kv_blocks,
             block_size=flags.block_size,
+            rank=rank,
         )
-        meets = flags.dialect == "sglang"
-        channel, puller = (Rooms, RoomPuller) if meets else (SideChannel, Puller)
-        self.side_channel = (
-            channel(flags, pool, metrics, failures, self._blocks_freed) if flags.role == "prefill" else None
-        )
-        self.puller = puller(flags, metrics, failures) if flags.role == "decode" else None
+        prefill = flags.role == "prefill"
+        self.side_channel: SideChannel | None = None
+        self.puller: Puller | None = None
+        if flags.dialect == "sglang":
+            self.side_channel = Rooms(flags, pool, metrics, failures, self._blocks_freed) if prefill else None
+            self.puller = RoomPuller(flags, metrics, failures) if flags.role == "decode" else None
+        else:
+            if prefill:
+                self.side_channel = SideChannel(flags, pool, metrics, failures, self._blocks_freed, rank)
+            self.puller = Puller(flags, metrics, failures) if flags.role == "decode" else None
         self.scheduler = Scheduler(
             flags,
             pool,
@@ -162,39 +224,15 @@ class _Parts:
         )
         self._stepping: asyncio.Task[None] | None = None
 
-    async def serve(self) -> Server:
-        """Answer requests from now on."""
+    def start(self) -> None:
         self._stepping = asyncio.get_running_loop().create_task(self.scheduler.run())
         self._stepping.add_done_callback(_engine_died)
         if self.events is not None:
             self.events.start()
         if self.side_channel is not None:
             log.info("Initializing NIXL Scheduler %s", self.side_channel.engine_id)
-        server = await serve(self._app().handle, sock=self._sock, cancel_on_disconnect=True)
-        log.info("Starting vLLM server on http://%s:%d", self._flags.host, server.port)
-        _say(f"INFO:     Started server process [{os.getpid()}]")
-        _say("INFO:     Waiting for application startup.")
-        _say("INFO:     Application startup complete.")
-        return server
-
-    def _app(self) -> App:
-        channel = self.side_channel
-        match self._flags.dialect:
-            case "sglang":
-                return SGLangApp(self.engine, channel if isinstance(channel, Rooms) else None)
-            case "tensorrt-llm":
-                return ContextApp(self.engine, channel)
-            case _:
-                return App(self.engine)
-
-    async def idle(self) -> None:
-        """Wait for the last request, and on a prefill engine for the last pull, as vLLM's drain does."""
-        await self.scheduler.idle()
-        if self.side_channel is not None:
-            await self.side_channel.idle()
 
     def close(self) -> None:
-        self._sock.close()
         for part in (self.puller, self.side_channel, self.events):
             if part is not None:
                 part.close()
@@ -205,14 +243,14 @@ class _Parts:
         self.scheduler.wake()
 
 
-def _publisher(flags: Flags) -> KVEventPublisher | None:
+def _publisher(flags: Flags, rank: int) -> KVEventPublisher | None:
     """Raises OSError when an address is taken."""
     if flags.kv_events is None:
         return None
     # ZMQ is a fifth of this process's start and memory, and not every engine publishes.
     from .kv_events import KVEventPublisher
 
-    return KVEventPublisher(flags.kv_events, flags.kv_replay)
+    return KVEventPublisher(flags.kv_events, flags.kv_replay, rank=rank)
 
 
 def _engine_died(task: asyncio.Task[None]) -> None:
@@ -246,15 +284,15 @@ def _say_loaded(shards: int) -> None:
 
 async def _drain(flags: Flags, parts: _Parts, server: Server) -> None:
     """Finish what runs for up to the shutdown timeout, abort the rest, close."""
-    parts.engine.draining = True
+    parts.drain()
     _say("INFO:     Shutting down")
     if flags.shutdown_timeout > 0:
         # Not finishing in time is no error: the rest is aborted.
         with suppress(TimeoutError):
             await asyncio.wait_for(parts.idle(), flags.shutdown_timeout)
-    if parts.scheduler.unfinished:
-        log.info("Aborting %d unfinished requests", parts.scheduler.unfinished)
-        parts.scheduler.abort_all()
+    if parts.unfinished:
+        log.info("Aborting %d unfinished requests", parts.unfinished)
+        parts.abort_all()
     await server.close(grace=0.5)
     _say("INFO:     Application shutdown complete.")
 

@@ -98,9 +98,9 @@ class SGLangApp(App):
         # The head goes out with the first token.
         return SGLangStream(exchange, generation, count, details=details, interval=flags.stream_interval)
 
-    async def _answer(self, exchange: Exchange, generation: Generation) -> None:
+    async def _answer(self, exchange: Exchange, generation: Generation, engine: Engine) -> None:
         try:
-            await super()._answer(exchange, generation)
+            await super()._answer(exchange, generation, engine)
         finally:
             if self._rooms is not None and generation.kv_params:
                 self._rooms.leave(generation.kv_params["room"])

@@ -80,10 +80,12 @@ class SideChannel:
         metrics: Metrics,
         failures: Failures,
         on_free: Callable[[], None],
+        rank: int = 0,
     ) -> None:
-        self.engine_id = str(uuid.uuid4())
+        self.engine_id = f"{uuid.uuid4()}_dp{rank}" if flags.data_parallel_size > 1 else str(uuid.uuid4())
         self.host = flags.host
-        self.port = flags.side_channel_port or 0
+        # 0 lets the system choose.
+        self.port = flags.side_channel_port + rank if flags.side_channel_port else 0
         self._flags = flags
         self._pool = pool
         self._metrics = metrics

@@ -25,6 +25,8 @@ class EventEndpoint:
     events: str
     replay: str | None = None
     """Without it, a gap in the events is one in what is known."""
+    rank: int = 0
+    """The data-parallel rank that publishes there."""
 
 
 def in_directory(scratch: str, ranks: Iterable[int] = (0,)) -> tuple[EventEndpoint, ...]:
@@ -37,7 +39,7 @@ def in_directory(scratch: str, ranks: Iterable[int] = (0,)) -> tuple[EventEndpoi
     found = []
     for rank in ranks:
         events, replay = (f"{scratch}/{name}{f'_dp{rank}' if rank else ''}" for name in (_EVENTS, _REPLAY))
-        found.append(EventEndpoint(events=f"ipc://{events}", replay=f"ipc://{replay}"))
+        found.append(EventEndpoint(events=f"ipc://{events}", replay=f"ipc://{replay}", rank=rank))
     return tuple(found)
 
 

@@ -32,6 +32,7 @@ from ..staging.staged import wait_for_staged
 from .cores import share_cores
 from .engine_launch import EngineLauncher, Leader
 from .keeper import Keeper
+from .kv_disk import KvDisk
 from .kv_news import KvNews
 from .orphan import end_orphan
 from .replica_process import Patience, ReplicaProcess
@@ -102,9 +103,11 @@ class Agent:
         keeper.sweep(self._scratch)
         self._launched: list[tuple[ReplicaProcess, EngineLauncher]] = []
         self._replicas = self._supervise()
+        tiers = (launcher.disk_tier() for _, launcher in self._launched)
+        self._kv_disk = KvDisk([tier for tier in tiers if tier is not None])
         self._kv_news = KvNews(
             rank,
-            [(replica, launcher.kv_event_endpoints()) for replica, launcher in self._launched],
+            [(replica, launcher.kv_event_sources()) for replica, launcher in self._launched],
             self._send_kv_news,
         )
 
@@ -163,6 +166,8 @@ class Agent:
         heart = asyncio.create_task(self._beat())
         news = asyncio.create_task(self._kv_news.run())
         news.add_done_callback(_say_why)
+        disk = asyncio.create_task(self._kv_disk.run())
+        disk.add_done_callback(_say_disk)
         try:
             # A supervisor that raises is a bug, and must not leave a silent agent behind.
             await _all_or_error(supervisors, heart)
@@ -170,9 +175,9 @@ class Agent:
             self._changed.set()
             await heart
         finally:
-            for task in (*supervisors, heart, news):
+            for task in (*supervisors, heart, news, disk):
                 task.cancel()
-            await asyncio.gather(*supervisors, heart, news, return_exceptions=True)
+            await asyncio.gather(*supervisors, heart, news, disk, return_exceptions=True)
         if self._lost is not None:
             head = (self._roster.ranks[0].address, self._head_port)
             await end_orphan(self._inputs, self._rank, head, self._pause)
@@ -297,7 +302,9 @@ class Agent:
     def _obey(self, answer: Mapping[str, Any]) -> None:
         self._kv_news.round(answer.get("kv_round"))
         self._leaders = {
-            name: Leader(generation=int(entry["generation"]), ports=entry["ports"])
+            name: Leader(
+                generation=int(entry["generation"]), ports=entry["ports"], ready=bool(entry.get("ready"))
+            )
             for name, entry in answer.get("leaders", {}).items()
         }
         self._seats = {
@@ -346,6 +353,15 @@ def _say_why(task: asyncio.Task[None]) -> None:
     """Without KV news the run goes on, and the router predicts."""
     if not task.cancelled() and (error := task.exception()) is not None:
         warn(f"KV events are no longer read: {error!r}", "this is a bug in hpcserve")
+
+
+def _say_disk(task: asyncio.Task[None]) -> None:
+    """The engines go on, and may fill the disk."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        warn(
+            f"KV blocks on the node's disk are no longer kept within `kv_offload.disk_gib`: {error!r}",
+            "can the directory of `storage.node_local` still be read and written?",
+        )
 
 
 async def _all_or_error(supervisors: list[asyncio.Task[None]], heart: asyncio.Task[None]) -> None:

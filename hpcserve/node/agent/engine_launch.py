@@ -24,6 +24,7 @@ from ..rank import node_names
 from .engine_container import contained_argv, contained_environment, engines_apart
 from .environment import engine_environment, step_environment
 from .keeper import Keeper
+from .kv_disk import DiskTier
 from .log_pump import LogPump
 from .running_engine import RunningEngine
 from .step import NodeGone, RunningStep, Step
@@ -39,6 +40,8 @@ class Leader:
 
     generation: int
     ports: Mapping[str, int]
+    ready: bool = False
+    """Does the replica answer?"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,7 @@ class EngineLauncher:
     engine: Engine
     key: str
     environ: Mapping[str, str]
-    cpus: tuple[int, ...]
+    cpus: tuple[tuple[int, ...], ...]
     scratch: Path
     run_dir: Path
     log: Path
@@ -75,7 +78,7 @@ class EngineLauncher:
 
     @property
     def leads(self) -> bool:
-        """Is this the process that has the replica's API?"""
+        """Is this the process that the replica's others follow?"""
         return self.node == 0
 
     def leader(self) -> Leader | None:
@@ -112,7 +115,8 @@ class EngineLauncher:
             raise storage_error(error, "make a node-local directory") from error
         for name, text in command.files.items():
             write_text(self.scratch / name, text, mode=0o600)
-        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if self.node == 0 else None
+        has_api = self.node in self.engine.api_nodes(self.replica)
+        url = f"http://{in_url(self.facts.address)}:{ports['http']}" if has_api else None
         if self.engine.in_step(self.replica):
             return self._launch_step(command, url, ports, on_line)
         environment = engine_environment(
@@ -194,14 +198,22 @@ class EngineLauncher:
         assert process.stdout is not None
         return process, LogPump(process.stdout, self.log, on_line)
 
-    def kv_event_endpoints(self) -> tuple[EventEndpoint, ...]:
-        """Where this process's KV events are read; () if it publishes none."""
+    def kv_event_sources(self) -> dict[str, tuple[EventEndpoint, ...]]:
+        """Where this process's KV events are read, by the worker they are about; {} if it publishes none."""
         if too_deep(str(self.scratch)):
             warn(
                 f"{self.replica.name} publishes no KV events: {self.scratch} is too long a path for sockets",
                 "set `storage.node_local` of the site to a shorter one; until then, caches are predicted",
             )
-        return self.engine.kv_event_endpoints(self._context({}))
+        endpoints = self.engine.kv_event_endpoints(self._context({}))
+        if self.engine.routed_ranks(self.replica):
+            return {self.replica.rank_name(each.rank): (each,) for each in endpoints}
+        return {self.replica.name: endpoints} if endpoints else {}
+
+    def disk_tier(self) -> DiskTier | None:
+        """Where this process keeps KV blocks on the node's disk."""
+        found = self.engine.disk_tier(self._context({}))
+        return None if found is None else DiskTier(directory=found[0], size=found[1])
 
     def _shared(self) -> frozenset[str]:
         return self.engine.shared_ports

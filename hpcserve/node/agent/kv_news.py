@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ...engines.kv_events.endpoints import EventEndpoint
@@ -31,16 +31,21 @@ class Followed(Protocol):
 
 
 class KvNews:
-    """`run()` until cancelled. `send` takes a batch to the controller and is False when it did not get it."""
+    """`run()` until cancelled. `followed`: each process with the workers whose events it publishes. `send`
+    takes a batch to the controller and is False when it did not get it."""
 
     def __init__(
         self,
         rank: int,
-        followed: Sequence[tuple[Followed, Sequence[EventEndpoint]]],
+        followed: Sequence[tuple[Followed, Mapping[str, Sequence[EventEndpoint]]]],
         send: Callable[[list[tuple[str, KvMessage]]], Awaitable[bool]],
     ) -> None:
         self._rank = rank
-        self._followed = [(replica, endpoints) for replica, endpoints in followed if endpoints]
+        self._followed = [
+            (replica, worker, endpoints)
+            for replica, workers in followed
+            for worker, endpoints in workers.items()
+        ]
         self._send = send
         self._readers: dict[str, tuple[int, KvEventReader]] = {}
         self._changed = asyncio.Event()
@@ -82,8 +87,8 @@ class KvNews:
 
     def _follow(self) -> None:
         """Read each engine that is ready, and only those."""
-        for replica, endpoints in self._followed:
-            name, generation = replica.name, replica.ready_generation
+        for replica, name, endpoints in self._followed:
+            generation = replica.ready_generation
             if name in self._readers and self._readers[name][0] != generation:
                 self._readers.pop(name)[1].close()
             if generation is not None and name not in self._readers:

@@ -103,8 +103,16 @@ class ReplicaProcess:
 
     @property
     def ready_generation(self) -> int | None:
-        """The start that answers requests now; None while none does."""
-        return self._generation if self._state == "ready" and self._running is not None else None
+        """The start that answers requests now, or computes for the process that does; None while none
+        does."""
+        if self._running is None:
+            return None
+        if self._running.url is None:
+            leader = self._leader()
+            ready = leader is not None and leader.ready and leader.generation == self._generation
+        else:
+            ready = self._state == "ready"
+        return self._generation if ready else None
 
     def drain(self) -> None:
         """Say that requests are no longer wanted; the engine finishes what it has."""
@@ -191,10 +199,10 @@ class ReplicaProcess:
         while not running.exited() and not self._stopping.is_set():
             if self._ordered is not None:
                 return self._ordered
+            if self._left_behind():
+                return None
             if running.url is None:
-                # No API here: the replica's head process speaks for all of them.
-                if self._left_behind():
-                    return None
+                # No API here: another process of the replica speaks for this one.
                 if self._state != "loading":
                     self._failure = None
                     self._set("loading")

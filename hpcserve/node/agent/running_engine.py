@@ -23,7 +23,7 @@ class RunningEngine:
     ) -> None:
         self.process = process
         self.url = url
-        """None for a process without an API: the second and later nodes of a replica."""
+        """None for a process without an API, as on most replicas' second and later nodes."""
         self.ports = ports
         self.pump = pump
 

@@ -338,8 +338,9 @@ class Head:
             "kv_round": self._router.kv_round,
         }
 
-    def _kv_news(self, replica: str, message: msgspec.Raw) -> None:
-        self._router.tell_kv(self._registry.replicas[replica].name, message)
+    def _kv_news(self, worker: str, message: msgspec.Raw) -> None:
+        self._registry.replica_of(worker)
+        self._router.tell_kv(worker, message)
 
     def _on_listening(self, host: str, port: int) -> None:
         board = self._board
@@ -357,15 +358,15 @@ class Head:
 
     async def _examine(self, worker: str, reason: str) -> None:
         """The router had trouble with a worker: is the engine itself silent?"""
-        replica = self._registry.replicas.get(worker)
-        if replica is None or replica.entry is None or replica.entry.url is None:
+        known = next((each for each in self._registry.workers() if each.name == worker), None)
+        if known is None:
             return
-        generation = replica.generation
         path = engines.of(self._plan.model).health_path
-        if await self._calls.healthy(replica.entry.url + path, seconds=2.0):
+        if await self._calls.healthy(known.url + path, seconds=2.0):
             return
-        if replica.generation == generation and replica.proven == generation:
-            self._tell(self._registry.suspect(worker, f"it does not answer: {reason}"))
+        replica = self._registry.replicas[known.replica]
+        if replica.generation == replica.proven == known.generation:
+            self._tell(self._registry.suspect(replica.name, f"it does not answer: {reason}"))
 
     def _on_router_death(self, status: int) -> None:
         self._tell([("warning", {

@@ -31,14 +31,18 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A replica that can be asked."""
+    """A worker that can be asked: a replica, or one of its data-parallel ranks."""
 
     name: str
+    replica: str
     url: str
     generation: int
     ports: Mapping[str, int] = field(default_factory=dict)
     machine: str
     """Equal for two replicas on one machine."""
+    rank: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What tells the API which rank is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class Proof:
 def pairs_to_prove(
     prefills: Sequence[Target], decodes: Sequence[Target], unproven: Collection[str]
 ) -> list[tuple[Target, Target]]:
-    """Pairs such that each unproven replica is in one, and each class of pairs (one machine, or two) too.
+    """Pairs such that each unproven worker is in one, and each class of pairs (one machine, or two) too.
 
     With everything proven but one replica, that is one pair.
     """
@@ -91,7 +95,7 @@ class Prover:
         """One generation on one replica."""
         started = time.monotonic()
         try:
-            await self._complete(target.url, self._body())
+            await self._complete(target, self._body())
         except CallFailed as error:
             failure = EngineError(
                 f"{target.name} does not answer a test request: {error}",
@@ -141,12 +145,12 @@ class Prover:
 
     async def _in_turn(self, prefill: Target, decode: Target) -> None:
         body = self._body()
-        leg = await self._complete(prefill.url, self._engine.prefill_request(body))
+        leg = await self._complete(prefill, self._engine.prefill_request(body))
         try:
             request = self._engine.decode_request(body, leg)
         except KeyError:
             raise KVPathError(f"{prefill.name} kept no KV blocks of the test prompt") from None
-        await self._complete(decode.url, request)
+        await self._complete(decode, request)
 
     async def _at_once(self, prefill: Target, decode: Target) -> None:
         first, second = self._engine.pair_requests(self._body(), url=prefill.url, ports=prefill.ports)
@@ -156,7 +160,7 @@ class Prover:
                 # What prefill answers need not be a text: that it does is what counts.
                 url = f"{prefill.url}/v1/completions"
                 legs.create_task(self._calls.json("POST", url, first, seconds=_REQUEST_TIMEOUT))
-                legs.create_task(self._complete(decode.url, second))
+                legs.create_task(self._complete(decode, second))
         except* CallFailed as failed:
             why += map(str, failed.exceptions)
         if why:
@@ -168,10 +172,11 @@ class Prover:
         )
         if status != 200:
             raise CallFailed(f"{target.name} answered {status} on {self._engine.metrics_path}")
-        return self._engine.kv_bytes_received(data.decode("utf-8", "replace"))
+        return self._engine.kv_bytes_received(data.decode("utf-8", "replace"), target.rank)
 
-    async def _complete(self, url: str, body: dict[str, object]) -> dict[str, object]:
-        answer = await self._calls.json("POST", f"{url}/v1/completions", body, seconds=_REQUEST_TIMEOUT)
+    async def _complete(self, target: Target, body: dict[str, object]) -> dict[str, object]:
+        url = f"{target.url}/v1/completions"
+        answer = await self._calls.json("POST", url, body, seconds=_REQUEST_TIMEOUT, headers=target.headers)
         if not answer.get("choices"):
             raise CallFailed(f"{url} gave an answer without choices")
         return answer

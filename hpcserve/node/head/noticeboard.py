@@ -15,7 +15,7 @@ from ..console import say, warn
 from ..discovery.addresses import in_url
 from ..discovery.facts import Roster
 from ..inputs import Inputs
-from .registry import Registry
+from .registry import Registry, Worker
 from .router_process import RouterStats
 
 
@@ -110,7 +110,7 @@ class Noticeboard:
             "reason": self.reason,
             "retry_after": None,
             "end_time": self._end_time,
-            "workers": [asdict(worker) for worker in registry.workers()],
+            "workers": [_announced(worker) for worker in registry.workers()],
         }
 
     def status(self, registry: Registry, stats: RouterStats) -> Mapping[str, Any]:
@@ -138,3 +138,10 @@ class Noticeboard:
             "end_time": self._end_time,
             "timeline": self._timeline,
         }
+
+
+def _announced(worker: Worker) -> Mapping[str, Any]:
+    """A worker as the router knows it; on which node it is, is not the router's business."""
+    fields = asdict(worker)
+    del fields["node"]
+    return fields

@@ -39,6 +39,8 @@ class Proving:
         self._registry = registry
         self._prover = prover
         self._tell = tell
+        self._answered: dict[tuple[str, int], set[str]] = {}
+        """By start of a replica, which of its ranks have answered."""
 
     async def round(self) -> list[JobError]:
         """Try what is ready and unproven; returns the errors of the replicas that failed all tries.
@@ -54,16 +56,21 @@ class Proving:
         errors = await asyncio.gather(*(self._alone(replica) for replica in unproven.values()))
         return [error for error in errors if error is not None]
 
-    async def _pairs(self, unproven: dict[str, Replica]) -> list[JobError]:
-        targets = [(self._target(replica), replica.plan.role) for replica in self._registry.ready()]
+    async def _pairs(self, replicas: dict[str, Replica]) -> list[JobError]:
+        targets = [
+            (target, replica.plan.role)
+            for replica in self._registry.ready()
+            for target in self._targets(replica)
+        ]
         # Proven partners first: a failure then says something about the new one.
-        targets.sort(key=lambda entry: entry[0].name in unproven)
+        targets.sort(key=lambda entry: entry[0].replica in replicas)
+        unproven = {target.name for target, _ in targets if target.replica in replicas}
         prefills = [target for target, role in targets if role == "prefill"]
         decodes = [target for target, role in targets if role == "decode"]
         if not prefills:
-            return await self._without_prefill(unproven)
+            return await self._without_prefill(replicas)
         good: set[str] = set()
-        errors = await self._try(pairs_to_prove(prefills, decodes, set(unproven)), good)
+        errors = await self._try(pairs_to_prove(prefills, decodes, unproven), good)
         # A replica must not stay out because its partner is the broken one.
         again = []
         for target, role in targets:
@@ -73,11 +80,15 @@ class Proving:
                 if partners:
                     again.append((target, partners[0]) if role == "prefill" else (partners[0], target))
         errors |= await self._try(again, good)
-        broken = [target for target, _ in targets if target.name in unproven and target.name in errors]
-        for target in broken:
-            if target.name not in good:
-                self._keep_out(target, errors[target.name])
-        return [errors[target.name] for target in broken if target.name not in good]
+        # A replica is as good as its worst rank.
+        broken = {
+            target.replica: target
+            for target, _ in targets
+            if target.name in unproven and target.name in errors and target.name not in good
+        }
+        for target in broken.values():
+            self._keep_out(target, errors[target.name])
+        return [errors[target.name] for target in broken.values()]
 
     async def _try(self, pairs: Sequence[Pair], good: set[str]) -> dict[str, JobError]:
         """Prove the pairs; adds the names of those that work to `good`, returns the others' errors."""
@@ -144,7 +155,7 @@ class Proving:
     def _there(self, target: Target) -> bool:
         """Does this start of the replica still answer?"""
         return any(
-            replica.name == target.name and replica.generation == target.generation
+            replica.name == target.replica and replica.generation == target.generation
             for replica in self._registry.ready()
         )
 
@@ -167,7 +178,13 @@ class Proving:
         return errors
 
     async def _alone(self, replica: Replica) -> JobError | None:
-        target = self._target(replica)
+        for target in self._targets(replica):
+            error = await self._alone_at(target)
+            if error is not None:
+                return error
+        return None
+
+    async def _alone_at(self, target: Target) -> JobError | None:
         for left in reversed(range(TRIES)):
             proof = await self._while_there([target], self._prover.alone(target))
             if proof is None:
@@ -181,24 +198,39 @@ class Proving:
         raise AssertionError("unreachable")
 
     def _prove(self, target: Target) -> None:
+        """A rank answered; with the last one, its replica is proven."""
+        start = target.replica, target.generation
+        answered = self._answered.setdefault(start, set())
+        answered.add(target.name)
         # It may have been restarted meanwhile: then the proof is about an engine that is gone.
-        self._tell(self._registry.prove(target.name, target.generation))
+        if not self._there(target):
+            return
+        replica = self._registry.replicas[target.replica]
+        if answered >= {each.name for each in self._targets(replica)}:
+            del self._answered[start]
+            self._tell(self._registry.prove(*start))
 
     def _keep_out(self, target: Target, error: JobError) -> None:
+        self._answered.pop((target.replica, target.generation), None)
         retry_at = asyncio.get_running_loop().time() + RETRY
-        news = self._registry.keep_out(target.name, error.message, retry_at)
+        news = self._registry.keep_out(target.replica, error.message, retry_at)
         warning = {"message": f"{target.name} is kept out of rotation: {error.message}", "hint": error.hint}
         self._tell([("warning", warning), *news])
 
-    def _target(self, replica: Replica) -> Target:
-        entry = replica.entry
-        assert entry is not None and entry.url is not None, "only replicas that are ready come here"
-        return Target(
-            name=replica.name,
-            url=entry.url,
-            generation=entry.generation,
-            ports=entry.ports,
-            machine=self._machine(replica.rank),
+    def _targets(self, replica: Replica) -> tuple[Target, ...]:
+        """What of a replica that is ready is to be tried: the replica, or each of its ranks."""
+        return tuple(
+            Target(
+                name=worker.name,
+                replica=worker.replica,
+                url=worker.url,
+                generation=worker.generation,
+                ports=worker.ports,
+                machine=self._machine(worker.node),
+                rank=worker.rank,
+                headers=worker.headers,
+            )
+            for worker in self._registry.workers_of(replica)
         )
 
     def _machine(self, rank: int) -> str:
@@ -206,7 +238,7 @@ class Proving:
         return f"{self._roster.ranks[rank].node} {rank}"
 
 
-def _trusted(target: Target, unproven: dict[str, Replica], good: set[str]) -> bool:
+def _trusted(target: Target, unproven: set[str], good: set[str]) -> bool:
     return target.name in good or target.name not in unproven
 
 

@@ -79,7 +79,7 @@ class Readiness:
             )
 
     def _is_ready(self, replica: Replica) -> bool:
-        return replica.entry is not None and replica.entry.state == "ready"
+        return self._registry.all_are(replica, "ready")
 
     def _node(self, replica: Replica) -> str:
         return self._registry.agents[replica.rank].node

@@ -5,12 +5,14 @@ No clock, no network: times come in as arguments, so every case can be tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from ... import engines
+from ...engines.base import Engine
 from ...plan.plan import Plan, ReplicaPlan
 from ..discovery.facts import RankFacts
 
@@ -49,7 +51,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A replica in rotation, as the router is told."""
+    """A replica in rotation, or one of its data-parallel ranks, as the router is told."""
 
     name: str
     role: str
@@ -58,7 +60,14 @@ class Worker:
     ports: Mapping[str, int] = field(default_factory=dict)
     """Its engine's, by name."""
     domain: str | None = None
-    """Where KV moves quickest: the NVLink domain, or else the leaf switch, of the replica's head node."""
+    """Where KV moves quickest: the NVLink domain, or else the leaf switch, of the node that has the API."""
+    replica: str
+    node: int
+    """The rank of the node that has the API."""
+    rank: int | None = None
+    """The data-parallel rank; None: the engine chooses among its own."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What tells the API which of its ranks a request is for."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,9 +121,12 @@ class Registry:
     agents: dict[int, Agent] = field(init=False)
     replicas: dict[str, Replica] = field(init=False)
     _domains: dict[int, str | None] = field(init=False)
-    _in_rotation: dict[str, Worker] = field(init=False, default_factory=dict)
+    _engine: Engine = field(init=False)
+    _in_rotation: dict[str, tuple[Worker, ...]] = field(init=False, default_factory=dict)
+    """By the replica's name."""
 
     def __post_init__(self) -> None:
+        self._engine = engines.of(self.plan.model)
         self.agents = {facts.rank: Agent(rank=facts.rank, node=facts.node) for facts in self.ranks}
         self._domains = {facts.rank: facts.nvlink_domain or facts.leaf_switch for facts in self.ranks}
         self.replicas = {replica.name: Replica(plan=replica) for replica in self.plan.replicas}
@@ -214,8 +226,8 @@ class Registry:
         return self.refresh()
 
     def refresh(self) -> list[News]:
-        """Compute the worker table; the events are its changes."""
-        table = {worker.name: worker for worker in self._eligible()}
+        """Compute the worker table; the events are its changes. A replica's ranks come and go together."""
+        table = {replica.name: workers for replica in self.ready() if (workers := self._eligible(replica))}
         news: list[News] = []
         for name, old in self._in_rotation.items():
             if table.get(name) != old:
@@ -230,7 +242,44 @@ class Registry:
 
     def workers(self) -> tuple[Worker, ...]:
         """The worker table."""
-        return tuple(self._in_rotation.values())
+        return tuple(worker for workers in self._in_rotation.values() for worker in workers)
+
+    def workers_of(self, replica: Replica) -> tuple[Worker, ...]:
+        """What a replica that answers is, or would be, in the table."""
+        entry = replica.entry
+        assert entry is not None and entry.url is not None, "only replicas that answer come here"
+        ranks = self._engine.routed_ranks(replica.plan)
+        if not ranks:
+            return (self._worker(replica, replica.name, 0),)
+        return tuple(
+            self._worker(
+                replica, replica.plan.rank_name(each.rank), each.node, rank=each.rank, headers=each.headers
+            )
+            for each in ranks
+        )
+
+    def _worker(self, replica: Replica, name: str, place: int, **more: Any) -> Worker:
+        entry, node = self._entry(replica, place), replica.plan.nodes[place]
+        assert entry is not None and entry.url is not None
+        return Worker(
+            name=name,
+            role=replica.plan.role,
+            url=entry.url,
+            generation=replica.generation,
+            ports=entry.ports,
+            domain=self._domains.get(node),
+            replica=replica.name,
+            node=node,
+            **more,
+        )
+
+    def replica_of(self, worker: str) -> Replica:
+        """The replica that a worker is, or is a rank of. Raises KeyError for a name that is none."""
+        name, _, rank = worker.partition("#")
+        replica = self.replicas[name]
+        if rank and worker not in map(replica.plan.rank_name, range(replica.plan.data_parallel)):
+            raise KeyError(worker)
+        return replica
 
     def ready(self) -> tuple[Replica, ...]:
         """Replicas whose engine answers, in the order of the plan."""
@@ -246,7 +295,7 @@ class Registry:
 
     def usable(self) -> bool:
         """Can a client be answered? A decode or an aggregated replica is enough for that."""
-        return any(worker.role != "prefill" for worker in self._in_rotation.values())
+        return any(worker.role != "prefill" for worker in self.workers())
 
     def hopeless(self) -> bool:
         """Nothing can answer any more: each replica is given up, or its agent is lost."""
@@ -282,11 +331,15 @@ class Registry:
 
     def leaders(self, rank: int) -> dict[str, dict[str, Any]]:
         """For the agent of `rank`: generation and ports of the heads of replicas whose further process
-        it carries. A replica whose head is not running is not in it."""
+        it carries, and whether these replicas answer. One whose head is not running is not in it."""
         found = {}
         for replica in self.replicas.values():
             if rank in replica.plan.nodes[1:] and replica.entry is not None and replica.entry.ports:
-                found[replica.name] = {"generation": replica.generation, "ports": replica.entry.ports}
+                found[replica.name] = {
+                    "generation": replica.generation,
+                    "ports": replica.entry.ports,
+                    "ready": self._answers(replica),
+                }
         return found
 
     def seats(self, rank: int) -> dict[str, dict[int, str]]:
@@ -331,10 +384,12 @@ class Registry:
             return "its engine has not started"
         if replica.trouble is not None and entry.state == "ready":
             return replica.trouble
-        if entry.state == "ready":
+        if self._answers(replica):
             return "it has not answered a test request yet"
         if entry.failure is not None and entry.state in ("backoff", "failed"):
             return entry.failure.get("message", entry.state)
+        if entry.state == "ready":
+            return "its processes on other nodes are not ready"
         return f"its engine is {entry.state}"
 
     def lost(self, replica: Replica) -> bool:
@@ -342,21 +397,24 @@ class Registry:
         return any(self.agents[rank].lost for rank in replica.plan.nodes)
 
     def _answers(self, replica: Replica) -> bool:
-        entry = replica.entry
-        return entry is not None and entry.state in ("ready", "draining") and not self.lost(replica)
+        return self.all_are(replica, "ready", "draining") and not self.lost(replica)
 
-    def _eligible(self) -> Iterable[Worker]:
-        for replica in self.ready():
-            entry = replica.entry
-            if entry is not None and entry.url is not None and replica.proven == entry.generation:
-                yield Worker(
-                    name=replica.name,
-                    role=replica.plan.role,
-                    url=entry.url,
-                    generation=entry.generation,
-                    ports=entry.ports,
-                    domain=self._domains.get(replica.rank),
-                )
+    def all_are(self, replica: Replica, *states: str) -> bool:
+        """Are all processes of its present start that have an API in one of these states?"""
+        for place in self._engine.api_nodes(replica.plan):
+            entry = self._entry(replica, place)
+            if entry is None or entry.state not in states or entry.generation != replica.generation:
+                return False
+        return True
+
+    def _entry(self, replica: Replica, place: int) -> Entry | None:
+        """What the agent of one of the replica's nodes said last."""
+        return replica.members.get(replica.plan.nodes[place]) if place else replica.entry
+
+    def _eligible(self, replica: Replica) -> tuple[Worker, ...]:
+        if replica.entry is None or replica.entry.url is None or replica.proven != replica.generation:
+            return ()
+        return self.workers_of(replica)
 
     def describe(self) -> list[Mapping[str, Any]]:
         """All replicas for `GET /status`."""

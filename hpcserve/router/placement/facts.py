@@ -42,8 +42,9 @@ class EngineFacts:
     transferred_tokens: float = 0.0
 
     @classmethod
-    def parse(cls, text: str) -> EngineFacts:
-        """From the text of vLLM's or SGLang's /metrics; unknown lines are passed over.
+    def parse(cls, text: str, rank: int | None = None) -> EngineFacts:
+        """From the text of vLLM's or SGLang's /metrics; unknown lines are passed over, and those of other
+        data-parallel ranks where `rank` is one.
 
         Raises ValueError when there is not one metric of an engine in it.
         """
@@ -55,6 +56,8 @@ class EngineFacts:
         block_size: int | None = None
         known = False
         for name, labels, value in _samples(text):
+            if rank is not None and labels.get("engine") != str(rank):
+                continue
             known = True
             if name in _SUMMED:
                 sums[_SUMMED[name]] += value
@@ -63,6 +66,10 @@ class EngineFacts:
             elif name == "prompt_tokens_by_source_total":
                 if labels.get("source") == "local_compute":
                     computed = (computed or 0.0) + value
+            elif name == "prompt_tokens_cached_by_source_total":
+                # KV tiers of the engine's own count as external hits as well.
+                if labels.get("source") in ("host", "disk"):
+                    sums["transferred_tokens"] -= value
             elif name == "prompt_tokens_total":
                 prompt += value
             elif name in ("prompt_tokens_cached_total", "cached_tokens_total"):
@@ -114,6 +121,7 @@ _SUMMED = {
 _NAMES = frozenset(_SUMMED) | {
     "kv_cache_usage_perc",
     "prompt_tokens_by_source_total",
+    "prompt_tokens_cached_by_source_total",
     "prompt_tokens_total",
     "prompt_tokens_cached_total",
     "cache_config_info",

@@ -44,9 +44,36 @@ def test_an_engine_that_does_not_say_its_size():
 
 
 def test_the_fake_engine_is_understood():
-    from hpcserve.engines.fake_server.metrics import Metrics
+    from hpcserve.engines.fake_server.metrics import Metrics, text
 
-    assert EngineFacts.parse(Metrics("toy", 4096, transfers=True).text().decode()).running == 0.0
+    assert EngineFacts.parse(text([Metrics("toy", 4096, transfers=True)]).decode()).running == 0.0
+
+
+def test_what_came_from_the_nodes_memory_was_not_transferred():
+    source = 'vllm:prompt_tokens_cached_by_source_total{engine="0",model_name="toy",source="%s"} %s\n'
+    told = {"device": 900.0, "host": 20.0, "disk": 4.0, "p2p": 40.0, "external_unspecified": 0.0}
+    facts = EngineFacts.parse(TEXT + "".join(source % each for each in told.items()))
+    assert facts.transferred_tokens == 40.0
+
+
+def test_of_several_ranks_one_can_be_read():
+    from hpcserve.engines.fake_server.metrics import Metrics, text
+
+    ranks = [
+        Metrics("toy", 4096, transfers=True, blocks=10 * (rank + 1), block_size=16, rank=rank)
+        for rank in range(11)
+    ]
+    ranks[1].transferred(seconds=1.0, posted=0.1, size=4096, descriptors=1)
+    ranks[10].transferred(seconds=2.0, posted=0.1, size=512, descriptors=1)
+    page = text(ranks).decode()
+    assert page.count("# TYPE vllm:nixl_bytes_transferred histogram") == 1
+    read = [EngineFacts.parse(page, rank) for rank in (0, 1, 10)]
+    assert [(facts.kv_tokens, facts.transferred_bytes) for facts in read] == [
+        (160.0, 0.0), (320.0, 4096.0), (1760.0, 512.0),
+    ]  # fmt: skip
+    assert EngineFacts.parse(page).transferred_bytes == 4608.0
+    with pytest.raises(ValueError, match="not one metric"):
+        EngineFacts.parse(page, 11)
 
 
 def test_sglangs_metrics_are_understood():
