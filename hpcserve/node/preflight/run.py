@@ -56,11 +56,12 @@ async def _run(inputs: Inputs, rank: int) -> int:
         if rank == 0:
             return await _coordinate(inputs, roster, mine, told)
         await _first(mine, told)
-        if not mine.done():
+        if mine.done():
+            mine.result()
+        else:
             await _cancel(mine)
-            return _TOLD
-        mine.result()
-        return 0
+        # Rank 0 may have heard of it first, and sent this one away.
+        return _TOLD if told.is_set() else 0
 
 
 async def _coordinate(inputs: Inputs, roster: Roster, member: asyncio.Task[None], told: asyncio.Event) -> int:
