@@ -7,8 +7,8 @@ import pytest
 _ONE_AT_A_TIME = ("cluster", "engine")
 
 
-# After the folders' own conftest files, which set some of these marks.
-@pytest.hookimpl(trylast=True)
+# Runs after the same hook of the folders' own conftest files, which set some of these marks, and before
+# xdist's, which reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A machine has one test cluster, and room for one group of real engines beside it.
 

@@ -106,7 +106,7 @@ def test_vllm_reads_every_command_line() -> None:
     assert [(each["nnodes"], each["headless"], each["hybrid"]) for each in (head, second, headless)] == [
         (2, False, True), (2, False, True), (2, True, False),
     ]  # fmt: skip
-    assert headless["tag"] == "/models/llama"
+    assert headless["model"] == "/models/llama"
     assert [(each["connector"], each["role"]) for each in (tiered, only)] == [
         ("MultiConnector", "kv_consumer"), ("OffloadingConnector", "kv_both"),
     ]  # fmt: skip
