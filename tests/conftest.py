@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-_ONE_AT_A_TIME = ("cluster", "engine")
+_CLUSTER = Path(__file__).parent / "cluster"
 
 
-# Runs after the same hook of the folders' own conftest files, which set some of these marks, and before
-# xdist's, which reads the groups.
+# Before xdist's own hook, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A machine has one test cluster, and room for one group of real engines beside it.
 
@@ -16,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     they compute, and all other tests run where there is room.
     """
     for item in items:
-        group = next((mark for mark in _ONE_AT_A_TIME if item.get_closest_marker(mark)), None)
-        if group is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
+        if _CLUSTER in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))

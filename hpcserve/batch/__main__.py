@@ -55,7 +55,7 @@ def check(directory: BatchDir, *, merge_apart: bool = False) -> int:
         print(f"{directory.out} is complete", file=sys.stderr)
         return COMPLETE
     parts = history.read(directory)
-    if history.gave_up(parts, since=directory.asked):
+    if history.gave_up(directory, parts):
         raise TooManyErrors(
             f"the job before stopped: {parts[-1].how}",
             hint="when the cause is mended, the same command sends the rows that failed again",
@@ -65,7 +65,7 @@ def check(directory: BatchDir, *, merge_apart: bool = False) -> int:
     if directory.stop.exists():
         print(f"the batch in {directory.out} was stopped; the same command goes on with it", file=sys.stderr)
         return COMPLETE
-    if history.stuck(parts, since=directory.asked):
+    if history.stuck(directory, parts):
         raise JobError(
             f"the last {history.STUCK} jobs of {directory.out} had no result: {parts[-1].how}",
             hint="`hpcserve logs` of the last run shows why; the same command tries again",

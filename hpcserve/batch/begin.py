@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, RunError
-from . import disk, history
+from . import history
 from .finish import answered, settle
 from .inputs.files import Inputs, open_inputs
 from .layout import BatchDir
@@ -92,11 +92,11 @@ def begin(request: BatchRequest, model: Model, on_row: Callable[[int], None] = l
         check_same(before, describe(inputs, asked, output, request.order), directory)
         if settle(directory):
             return Begun(directory, before, True, True, True)
-        forgiven = 0
-        if directory.journals.exists() and history.gave_up(history.read(directory), since=directory.asked):
+        forgiven, parts = 0, history.read(directory)
+        if directory.journals.exists() and history.gave_up(directory, parts):
             forgiven = forget_errors(directory.journals, before.items)
         directory.stop.unlink(missing_ok=True)
-        disk.write_whole(directory.asked, b"")
+        history.ask_again(directory, parts)
         return Begun(directory, before, True, False, answered(directory), forgiven)
     _check_new(directory, inputs, output, request)
     manifest = make_plan(

@@ -129,23 +129,33 @@ def read(directory: BatchDir) -> list[Part]:
     return sorted(found, key=lambda part: part.ended)
 
 
-def stuck(parts: Sequence[Part], *, since: Path) -> bool:
-    """Did the last jobs get nothing done? Those before `since` was written don't count."""
-    last = _after(parts, since)[-STUCK:]
+def ask_again(directory: BatchDir, parts: Sequence[Part]) -> None:
+    """The command was given again: jobs that are noted so far count no more. Raises StorageError."""
+    disk.write_whole(directory.asked, msgspec.json.encode([part.member for part in parts]))
+
+
+def stuck(directory: BatchDir, parts: Sequence[Part]) -> bool:
+    """Did the last jobs since the command was given get nothing done? Raises StorageError."""
+    last = _since_asked(directory, parts)[-STUCK:]
     return len(last) == STUCK and not any(part.results for part in last)
 
 
-def gave_up(parts: Sequence[Part], *, since: Path) -> bool:
-    """Did a job stop since too many rows failed? Those before `since` was written don't count."""
-    return any(part.gave_up for part in _after(parts, since))
+def gave_up(directory: BatchDir, parts: Sequence[Part]) -> bool:
+    """Did a job since the command was given stop since too many rows failed? Raises StorageError."""
+    return any(part.gave_up for part in _since_asked(directory, parts))
 
 
-def _after(parts: Sequence[Part], since: Path) -> list[Part]:
+def _since_asked(directory: BatchDir, parts: Sequence[Part]) -> list[Part]:
+    # Names, because a file system's clock, and its steps, are not those of the node that noted a part.
     try:
-        asked = since.stat().st_mtime
-    except OSError:
-        asked = 0.0
-    return [part for part in parts if part.ended > asked]
+        before = set(msgspec.json.decode(directory.asked.read_bytes() or b"[]", type=list[str]))
+    except FileNotFoundError:
+        return list(parts)
+    except OSError as error:
+        raise disk.failed(error, "read") from error
+    except msgspec.DecodeError as error:
+        raise StorageError(f"{directory.asked} is damaged: {error}", hint="remove that file") from error
+    return [part for part in parts if part.member not in before]
 
 
 class _Job(NamedTuple):

@@ -17,7 +17,7 @@ report.json .txt .svg            what it cost
     merge/                       submitit's files of the job that merges, where that is one of its own
     status.json                  how it goes
     stop                         exists once somebody asked it to stop
-    asked                        written whenever the command is given again
+    asked                        jobs noted when the command was last given again; they count no more
 """
 
 from __future__ import annotations
