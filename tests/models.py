@@ -11,7 +11,7 @@ from typing import Any
 
 from demo.prepare_model import smollm2
 
-__all__ = ["smollm2", "tiny_llama"]
+__all__ = ["greedy", "smollm2", "tiny_llama"]
 
 _TEXT = (
     "The quick brown fox jumps over the lazy dog. A cluster is many computers that share one queue. "
@@ -43,6 +43,22 @@ def tiny_llama(path: Path) -> Path:
             shutil.rmtree(path)  # a directory without a config.json: not a model
         os.replace(made, path)
     return path
+
+
+def greedy(path: Path, prompt: str, tokens: int) -> list[int]:
+    """The most likely `tokens` tokens after a prompt, as transformers computes them: ids, because random
+    tokens are no whole characters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = tokenizer(prompt)["input_ids"]
+    size = len(ids)
+    with torch.inference_mode():
+        for _ in range(tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return list(ids[size:])
 
 
 def _save_tokenizer(target: Path) -> None:
