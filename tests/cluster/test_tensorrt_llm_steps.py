@@ -85,6 +85,7 @@ def steps(cluster: Testbed, run: Launched) -> dict[str, str]:
     return {name: number for name, number in found.items() if name in ("prefill-0", "decode-0")}
 
 
+@pytest.mark.steps
 @pytest.mark.timeout(600)
 def test_replicas_over_two_nodes_answer_come_back_and_leave_nothing(cluster: Testbed, run: Launched) -> None:
     for replica in ("prefill-0", "decode-0"):
