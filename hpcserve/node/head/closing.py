@@ -51,20 +51,14 @@ def close_log(inputs: Inputs, *, stage: Stage, status: int, signalled: bool) -> 
 
 def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
     if stage == "batch-check":
-        told = last_error(inputs.run.logs / "job.log")
         error = JobError("the batch can't go on", hint="logs/job.log says why, at its end")
-        if told is not None:
-            error = JobError(told.message, hint=told.hint or error.hint)
-        return error, status or JobError.exit_code
+        return _in_log(inputs, "job.log", error), status or JobError.exit_code
     if stage == "staging":
-        told = last_error(inputs.run.logs / "staging-0.log")
         error = JobError(
             f"staging the model {_ended(status)} without a word",
             hint="logs/staging-RANK.log and logs/job.log have the last lines",
         )
-        if told is not None:
-            error = JobError(told.message, hint=told.hint or error.hint)
-        return error, status or JobError.exit_code
+        return _in_log(inputs, "staging-0.log", error), status or JobError.exit_code
     if stage == "serving":
         return JobError(
             f"the head process {_ended(status)} without a word",
@@ -78,6 +72,12 @@ def _why(inputs: Inputs, stage: Stage, status: int) -> tuple[JobError, int]:
     if found is not None:
         return found
     return _never_met(inputs, status), JobError.exit_code
+
+
+def _in_log(inputs: Inputs, name: str, unsaid: JobError) -> JobError:
+    """The last error that a log tells; `unsaid` where it has none."""
+    told = last_error(inputs.run.logs / name)
+    return unsaid if told is None else JobError(told.message, hint=told.hint or unsaid.hint)
 
 
 def _gave_up(inputs: Inputs) -> tuple[JobError, int] | None:
