@@ -261,7 +261,7 @@ def test_a_replica_transfers_over_its_own_gpus_adapters() -> None:
             Gpu(index=1, visible="1", pci=SWITCH_B + "/1"),
         ),
     )
-    devices = transfer_devices(plan, seen, plan.replicas[0])
+    devices = transfer_devices(plan, seen, plan.replicas[0], ())
     assert devices.env["UCX_NET_DEVICES"] == "mlx5_1:1"
     assert devices.env["NCCL_IB_HCA"] == "=mlx5_1:1"
     assert devices.env["GLOO_SOCKET_IFNAME"] == "ib0"
@@ -272,13 +272,13 @@ def test_a_replica_transfers_over_its_own_gpus_adapters() -> None:
 def test_without_pci_facts_all_active_ports_are_used() -> None:
     plan = make_plan(1, replica("decode-0", 0), site=site("infiniband"), device="cuda")
     seen = facts(hcas=(port("mlx5_0"), port("mlx5_1"), port("mlx5_2", link_layer="Ethernet")))
-    assert transfer_devices(plan, seen, plan.replicas[0]).env["UCX_NET_DEVICES"] == "mlx5_0:1,mlx5_1:1"
+    assert transfer_devices(plan, seen, plan.replicas[0], ()).env["UCX_NET_DEVICES"] == "mlx5_0:1,mlx5_1:1"
 
 
 def test_a_missing_infiniband_port_is_one_warning_that_names_the_state() -> None:
     plan = make_plan(2, site=site("infiniband"), device="cuda")
     ranks = [facts(rank, hcas=(port("mlx5_0", state="DOWN"),)) for rank in (0, 1)]
-    devices = transfer_devices(plan, ranks[0], plan.replicas[0])
+    devices = transfer_devices(plan, ranks[0], plan.replicas[0], ())
     assert devices.env["UCX_TLS"] == "tcp,self,cuda_copy,cuda_ipc"
     [warning] = degraded_anywhere(plan, ranks)
     assert "mlx5_0:1: it is DOWN" in warning.message
@@ -290,7 +290,7 @@ def test_a_missing_infiniband_port_is_one_warning_that_names_the_state() -> None
 )
 def test_networks_without_rdma_use_tcp_and_say_so(kind: str, transports: str) -> None:
     plan = make_plan(2, site=site(kind))
-    devices = transfer_devices(plan, facts(), plan.replicas[0])
+    devices = transfer_devices(plan, facts(), plan.replicas[0], ())
     assert devices.env["UCX_TLS"] == transports
     assert devices.env["UCX_NET_DEVICES"] == "ib0"
     assert len(devices.degraded) == 1

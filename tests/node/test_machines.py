@@ -15,10 +15,11 @@ from hpcserve.config.site import NetworkSite, NodeSite, Site
 from hpcserve.engines.base import EngineContext
 from hpcserve.errors import RendezvousError
 from hpcserve.node.agent.transfer import degraded_anywhere, rails_of, transfer_devices
-from hpcserve.node.discovery.facts import RankFacts
+from hpcserve.node.discovery.facts import RankFacts, Roster
 from hpcserve.node.discovery.pci import relation
 from hpcserve.node.fabric.rails import GpuRails, sort_out
 from hpcserve.node.fabric.report import report
+from hpcserve.node.preflight.probes import probes_on
 from hpcserve.node.rendezvous.check import check_facts
 from hpcserve.plan.plan import Plan
 
@@ -84,7 +85,7 @@ def test_the_variables_of_a_replica_name_its_gpus_rails(tmp_path: Path, name: st
     facts, expected = machine.facts(), machine.tree["expect"]
     last = len(facts.gpus) - 1
     plan = plan_of(name, gpus=(0, last))
-    devices = transfer_devices(plan, facts, plan.replicas[0])
+    devices = transfer_devices(plan, facts, plan.replicas[0], ())
     wanted = list(dict.fromkeys(names(expected["rails"][0]) + names(expected["rails"][last])))
     assert devices.env["UCX_NET_DEVICES"] == ",".join(wanted)
     assert devices.env["NCCL_IB_HCA"] == "=" + ",".join(wanted)
@@ -232,7 +233,7 @@ def test_why_a_port_is_left_out(tmp_path: Path) -> None:
 def test_without_a_routable_address_there_is_no_gid_index_and_a_warning(tmp_path: Path) -> None:
     facts = node(tmp_path, "gh200-ethernet").facts()
     plan = plan_of("gh200-ethernet")
-    env = transfer_devices(plan, facts, plan.replicas[0]).env
+    env = transfer_devices(plan, facts, plan.replicas[0], ()).env
     assert "UCX_IB_GID_INDEX" not in env and "NCCL_IB_GID_INDEX" not in env
     [warning] = degraded_anywhere(plan, [facts, replace(facts, rank=1)])
     assert (
@@ -249,9 +250,9 @@ def test_ports_whose_gid_indices_differ_choose_for_themselves(tmp_path: Path) ->
     facts = machine.facts()
     assert [port.gid_index for port in facts.hcas[:2]] == [3, 5]
     plan = plan_of("h200-roce", gpus=(0, 1))
-    assert "UCX_IB_GID_INDEX" not in transfer_devices(plan, facts, plan.replicas[0]).env
+    assert "UCX_IB_GID_INDEX" not in transfer_devices(plan, facts, plan.replicas[0], ()).env
     plan = plan_of("h200-roce", gpus=(1,))
-    assert transfer_devices(plan, facts, plan.replicas[0]).env["UCX_IB_GID_INDEX"] == "5"
+    assert transfer_devices(plan, facts, plan.replicas[0], ()).env["UCX_IB_GID_INDEX"] == "5"
 
 
 def test_an_ethernet_port_without_an_address_is_no_rail_where_others_have_one(tmp_path: Path) -> None:
@@ -306,6 +307,19 @@ def test_kv_blocks_cross_nvlink_within_a_domain(tmp_path: Path) -> None:
         assert devices.kv_over_nvlink
         assert "NCCL_MNNVL_ENABLE" not in devices.env
     assert degraded_anywhere(plan, ranks) == ()
+
+
+@pytest.mark.parametrize(("domains", "value"), [([1, 1], "y"), ([1, 2], "n")])
+def test_the_preflight_measures_with_what_the_engines_get(
+    tmp_path: Path, domains: list[int], value: str
+) -> None:
+    roster = Roster(transport="tcp", attempt="a", seconds=0.0, ranks=tuple(rack(tmp_path, domains)))
+    plan = plan_of("gb200-nvl72", nvlink_domain_nodes=18)
+    plan = replace(plan, model=replace(plan.model, engine="vllm"))
+    for rank, each in enumerate(plan.replicas):
+        [placed] = probes_on(plan, roster, rank, {})
+        engine = transfer_devices(plan, roster.ranks[rank], each, roster.ranks).env
+        assert placed.environ["UCX_CUDA_IPC_ENABLE_MNNVL"] == engine["UCX_CUDA_IPC_ENABLE_MNNVL"] == value
 
 
 def test_kv_blocks_do_not_cross_nvlink_between_domains(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Devices:
 
 
 def transfer_devices(
-    plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequence[RankFacts] = ()
+    plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequence[RankFacts]
 ) -> Devices:
     """UCX, NCCL and Gloo variables for one replica's process on one node, and what is wrong with them.
 

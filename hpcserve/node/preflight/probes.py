@@ -72,7 +72,7 @@ def _added(plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan) -> Mappi
         # No process of the engine is started, so it needs no real ports.
         ports=dict.fromkeys(engine.ports(replica), "0"),
         model_path=plan.model.model,
-        fabric_env=transfer_devices(plan, facts, replica).env,
+        fabric_env=transfer_devices(plan, facts, replica, roster.ranks).env,
         python=sys.executable,
         scratch=tempfile.gettempdir(),
         gpu_names=tuple(gpu.visible for gpu in facts.gpus),
