@@ -105,7 +105,8 @@ def _module(command: str) -> str:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items())
     return (
         "usage: hpcserve COMMAND …\n\n"
         "Serve large language models from a Slurm job.\n\n"
