@@ -26,7 +26,7 @@ COMMANDS = {
     "logs": "print or follow the logs of a run",
     "connect": "print how to reach a run's endpoint",
     "chat": "ask a run's endpoint a question",
-    "key": "make, list and revoke keys for people who share your endpoints",
+    "key": "make, list and revoke keys for those who share your endpoints",
     "usage": "print tokens and GPU-hours by user, key, model or run",
     "stop": "drain and end a run; a second time: at once",
     "explain": "show what a launch would derive, and from where",
