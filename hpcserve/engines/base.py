@@ -92,6 +92,8 @@ class Engine(ABC):
     it."""
     key_variable: ClassVar[str]
     """Environment variable the engine reads its API key from."""
+    nvlink_flag: ClassVar[str | None] = None
+    """What its command gets where KV blocks cross NVLink to other nodes."""
     health_path: ClassVar[str] = "/health"
     metrics_path: ClassVar[str] = "/metrics"
     metrics_wait: ClassVar[float] = 0.0

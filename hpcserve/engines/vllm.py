@@ -93,6 +93,8 @@ _PROGRESS: tuple[progress.Says, ...] = (
 class VLLM(NixlEngine):
     name = "vllm"
     key_variable = "VLLM_API_KEY"
+    # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
+    nvlink_flag = "--enable-cumem-allocator"
     shared_ports = frozenset({"master", "dp_rpc"})
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
@@ -165,8 +167,7 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     if transfer is not None:
         yield from ("--kv-transfer-config", arguments.compact(transfer))
     if context.kv_over_nvlink and not {"enable-cumem-allocator", "no-enable-cumem-allocator"} & set(args):
-        # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
-        yield "--enable-cumem-allocator"
+        yield VLLM.nvlink_flag
     if events:
         yield from ("--kv-events-config", arguments.compact(endpoints.config(context.scratch)))
     yield from ("--shutdown-timeout", str(max(1, plan.site.slurm.kill_wait // 2)))

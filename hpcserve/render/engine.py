@@ -77,6 +77,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
             else []
         ),
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
+        *_nvlink_lines(plan, engine),
         *(["#   NODES         Slurm's names of the replica's nodes", _STEP_NOTE] if stepped else []),
         f"#   {engine.key_variable}  the job key, from secrets/job-key",
         *_container_lines(plan),
@@ -84,6 +85,13 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "",
     ]
     return "\n".join([*head, *_blocks(plan, engine, placed)])
+
+
+def _nvlink_lines(plan: Plan, engine: Engine) -> list[str]:
+    flag = engine.nvlink_flag
+    if flag is None or plan.site.node.nvlink_domain_nodes == 1:
+        return []
+    return [f"#   {flag} is added where KV blocks cross NVLink to other nodes"]
 
 
 def _container_lines(plan: Plan) -> list[str]:
