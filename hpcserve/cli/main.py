@@ -26,7 +26,7 @@ COMMANDS = {
     "logs": "print or follow the logs of a run",
     "connect": "print how to reach a run's endpoint",
     "chat": "ask a run's endpoint a question",
-    "key": "make, list and revoke keys for people who share your endpoints",
+    "key": "make, list and revoke keys for those who share your endpoints",
     "usage": "print tokens and GPU-hours by user, key, model or run",
     "stop": "drain and end a run; a second time: at once",
     "explain": "show what a launch would derive, and from where",
@@ -105,7 +105,8 @@ def _module(command: str) -> str:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items())
     return (
         "usage: hpcserve COMMAND …\n\n"
         "Serve large language models from a Slurm job.\n\n"

@@ -24,6 +24,8 @@ from ..errors import RendezvousError
 MAX_FRAME = 1 << 20
 HELLO_TIMEOUT = 10.0
 """Seconds a stranger may stay silent."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for what was sent last to go out."""
 Failed = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, ValueError, KeyError, TypeError)
 """What a peer that is not ours, or that died, shows itself as. msgspec's errors are ValueErrors."""
 
@@ -79,12 +81,14 @@ class Channel:
         key: bytes,
         nonces: str,
         sides: tuple[str, str],
+        most: int,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._key = key
         self._nonces = nonces
         self._own, self._other = sides
+        self._most = most
         self._sent = 0
         self._received = 0
 
@@ -93,16 +97,24 @@ class Channel:
         """Address of the other side."""
         return str((self._writer.get_extra_info("peername") or ("?",))[0])
 
-    async def send(self, message: dict[str, Any]) -> None:
-        """Raises OSError when the other side is gone."""
+    def put(self, message: dict[str, Any]) -> None:
+        """Send without waiting until the other side takes it. One that is gone is noticed by `receive`."""
         proof = mac(self._key, f"{self._own} {self._sent}", self._nonces, message)
         self._sent += 1
         send(self._writer, {"message": message, "mac": proof})
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Raises OSError when the other side is gone."""
+        self.put(message)
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Wait until little of what was sent is still here. Raises OSError when the other side is gone."""
         await self._writer.drain()
 
     async def receive(self) -> dict[str, Any]:
         """Raises WrongKey, or one of `Failed` when the other side is gone or speaks something else."""
-        frame = await receive(self._reader)
+        frame = await receive(self._reader, self._most)
         message = frame["message"]
         proof = mac(self._key, f"{self._other} {self._received}", self._nonces, message)
         if not hmac.compare_digest(str(frame["mac"]), proof) or not isinstance(message, dict):
@@ -111,23 +123,37 @@ class Channel:
         return message
 
     async def close(self) -> None:
+        """Waits no longer than a moment for a side that takes nothing more, as on a node without power."""
         self._writer.close()
         with suppress(OSError):
-            await self._writer.wait_closed()
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._writer.wait_closed()
+        self._writer.transport.abort()
 
 
 async def accept(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, key: bytes, attempt: str
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    *,
+    key: bytes,
+    attempt: str,
+    most: int = MAX_FRAME,
 ) -> Channel:
-    """The listening side. The peer is a stranger until its first message is received."""
+    """The listening side. The peer is a stranger until its first message is received.
+
+    No message may have more than `most` bytes.
+    """
     nonce = secrets.token_hex(16)
     send(writer, {"attempt": attempt, "nonce": nonce})
     async with asyncio.timeout(HELLO_TIMEOUT):
         theirs = str((await receive(reader))["nonce"])
-    return Channel(reader, writer, key=key, nonces=f"{nonce} {theirs}", sides=("server", "client"))
+    nonces, sides = f"{nonce} {theirs}", ("server", "client")
+    return Channel(reader, writer, key=key, nonces=nonces, sides=sides, most=most)
 
 
-async def connect(address: str, port: int, *, key: bytes, attempt: str, seconds: float) -> Channel | None:
+async def connect(
+    address: str, port: int, *, key: bytes, attempt: str, seconds: float, most: int = MAX_FRAME
+) -> Channel | None:
     """The other side; None for a server of another job. Raises one of `Failed` when nobody answers."""
     async with asyncio.timeout(seconds):
         reader, writer = await asyncio.open_connection(address, port, limit=MAX_FRAME + 4)
@@ -140,9 +166,8 @@ async def connect(address: str, port: int, *, key: bytes, attempt: str, seconds:
             return None
         nonce = secrets.token_hex(16)
         send(writer, {"nonce": nonce})
-        return Channel(
-            reader, writer, key=key, nonces=f"{hello['nonce']} {nonce}", sides=("client", "server")
-        )
+        nonces, sides = f"{hello['nonce']} {nonce}", ("client", "server")
+        return Channel(reader, writer, key=key, nonces=nonces, sides=sides, most=most)
     except BaseException:
         writer.close()
         raise

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .launched import Launches
+from .launched import Launched, Launches
 from .testbed import Testbed, wait_for
 
 ROWS = 900
@@ -51,9 +51,12 @@ class Batch:
         names: list[str] = json.loads(self(*flags).stdout)["runs"]
         return names
 
-    def job(self, name: str) -> str:
+    def run(self, name: str) -> Launched:
         runs = json.loads(self.launches.hpcserve("ls", "--json").stdout)["runs"]
-        return next(str(run["job_id"]) for run in runs if run["name"] == name)
+        return Launched(self.launches, next(run for run in runs if run["name"] == name))
+
+    def job(self, name: str) -> str:
+        return self.run(name).job_id
 
     @property
     def parts(self) -> list[dict[str, Any]]:
@@ -62,12 +65,16 @@ class Batch:
 
     @property
     def done(self) -> int:
-        """Lines in the journals; those that the merge removes meanwhile don't count."""
-        lines = 0
+        return sum(self.done_by.values())
+
+    @property
+    def done_by(self) -> Counter[str]:
+        """Lines in each journal that has any; those that the merge removes meanwhile don't count."""
+        lines: Counter[str] = Counter()
         for path in self.out.glob(".batch/journals/*.data"):
             with suppress(FileNotFoundError):
-                lines += path.read_bytes().count(b"\n")
-        return lines
+                lines[path.name] = path.read_bytes().count(b"\n")
+        return +lines
 
     @property
     def complete(self) -> bool:
@@ -149,12 +156,15 @@ def test_stop_ends_the_whole_chain_and_the_same_command_goes_on(cluster: Testbed
     wait_for(lambda: no_job(cluster), what="the chain to end", state=batch.logs)
     assert not batch.complete
     assert len(batch.parts) == 1
-    # Two at once, and whoever of them is ready first begins.
-    runs = batch.submit("--parallel-jobs=2", "--set=engine_args.itl-ms=60")
+    # Two at once. Whoever of them is ready first begins, and must leave something to the other.
+    names = batch.submit("--parallel-jobs=2", "--set=engine_args.fail=slow:factor=20")
+    wait_for(lambda: len(batch.done_by) == 3, what="rows of both", state=batch.logs)
+    for name in names:
+        batch.run(name).fail_engine("decode-0", {"mode": "reset"})
     wait_for(lambda: batch.complete, what="the rows to be finished", state=batch.logs)
     batch.check_rows()
     wait_for(lambda: no_job(cluster), what="the other job to end", state=batch.logs)
-    jobs = {batch.job(name) for name in runs}
+    jobs = {batch.job(name) for name in names}
     assert {part["slurm_job"] for part in batch.parts if part["results"]} >= jobs
     report = json.loads((batch.out / "report.json").read_text())
     assert report["computed_more_than_once"] < 0.05 * ROWS

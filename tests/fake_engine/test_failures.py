@@ -71,6 +71,17 @@ def test_a_slow_engine_takes_so_many_times_longer(start: Start) -> None:
     assert engine.metric("vllm:inter_token_latency_seconds_sum") > 0.3
 
 
+def test_a_holding_engine_stops_each_answer_where_it_was_told_until_release(start: Start) -> None:
+    engine = start("--fail", "hold:tokens=5,spread=2")
+    body = {"prompt": "x", "max_tokens": 9, "stream": True}
+    streams = [engine.post("/v1/completions", body, stream=True) for _ in range(6)]
+    wait_until(lambda: engine.metric("vllm:generation_tokens_total") == 2 * (5 + 6 + 7), "all to be held")
+    assert engine.metric("vllm:num_requests_running") == 6
+    engine.fail("release")
+    assert all(stream.content.endswith(b"data: [DONE]\n\n") for stream in streams)
+    assert engine.metric("vllm:generation_tokens_total") == 6 * 9
+
+
 @pytest.mark.parametrize(
     ("cause", "diagnosed"),
     [

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from hpcserve.node.frames import Channel, Failed, WrongKey, accept, connect, receive, send
+from hpcserve.node.frames import MAX_FRAME, Channel, Failed, WrongKey, accept, connect, receive, send
+from tests.patience import DEADLINE
 
 KEY, ATTEMPT = b"job-secret", "7.0"
 
@@ -92,6 +93,43 @@ def test_a_server_of_another_job_is_left_alone() -> None:
     assert isinstance(told, Failed)
 
 
+def test_a_message_longer_than_agreed_is_refused() -> None:
+    async def long(address: str, port: int) -> object:
+        channel = await connect(address, port, key=KEY, attempt=ATTEMPT, seconds=10)
+        assert channel is not None
+        channel.put({"n": "x" * MAX_FRAME})
+        await channel.drain()
+        await channel.close()
+        return None
+
+    told, _ = asyncio.run(talk(echo, long))
+    assert isinstance(told, ValueError)
+
+
+def test_closing_does_not_wait_for_a_side_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcserve.node.frames.CLOSE_TIMEOUT", 0.1)
+    closed = asyncio.Event()
+
+    async def deaf(_: Channel) -> object:
+        await closed.wait()
+        return "never read"
+
+    async def shout(address: str, port: int) -> object:
+        channel = await connect(address, port, key=KEY, attempt=ATTEMPT, seconds=10)
+        assert channel is not None
+        for _ in range(64):
+            channel.put({"n": "x" * MAX_FRAME})
+        await channel.close()
+        closed.set()
+        return "closed"
+
+    async def both() -> object:
+        async with asyncio.timeout(DEADLINE):
+            return await talk(deaf, shout)
+
+    assert asyncio.run(both()) == ("never read", "closed")
+
+
 @pytest.mark.parametrize("what", ["twice", "changed"])
 def test_a_message_said_twice_or_changed_on_the_way_is_refused(what: str) -> None:
     async def tamper(address: str, port: int) -> object:
@@ -113,6 +151,7 @@ def test_a_message_said_twice_or_changed_on_the_way_is_refused(what: str) -> Non
             key=KEY,
             nonces=f"{hello['nonce']} mine",
             sides=("client", "server"),
+            most=1000,
         )
         await channel.send({"n": 0})
         if what == "changed":

@@ -124,6 +124,10 @@ class Soak:
         self._in_table = list(AGGREGATED)
         self._pool = Pool()
         self._done = asyncio.Event()
+        self._every = max(150, min(2000, requests // 40))
+        """Requests from one trouble to the next."""
+        self._trouble = self._every
+        """The request at which the next one comes."""
         self.report = Report()
 
     async def run(self) -> Report:
@@ -201,6 +205,7 @@ class Soak:
     async def _lane(self, numbers: Iterator[int]) -> None:
         every = max(1, self._requests // 40)
         for number in numbers:
+            await self._behind()
             kind, target, body, key = self._choose(number)
             try:
                 async with asyncio.timeout(_OUTCOME):
@@ -217,6 +222,11 @@ class Soak:
             if self.report.requests % every == 0:
                 self.report.memory.append(self._live.memory())
                 log.info("%d requests, %d MiB", self.report.requests, self.report.memory[-1] >> 20)
+
+    async def _behind(self) -> None:
+        """Where engines take long to start again, the load must not be over by then."""
+        while self.report.requests >= self._trouble + self._every:  # noqa: ASYNC110 - the churn only counts
+            await asyncio.sleep(0.02)
 
     def _choose(self, number: int) -> tuple[str, str, bytes, str]:
         draw = self._random
@@ -298,13 +308,11 @@ class Soak:
     # Trouble
 
     async def _churn(self) -> None:
-        every = max(150, min(2000, self._requests // 40))
-        at = every
         while not self._done.is_set():
-            if self.report.requests < at:
+            if self.report.requests < self._trouble:
                 await asyncio.sleep(0.02)
                 continue
-            at = self.report.requests + every
+            self._trouble = self.report.requests + self._every
             action = self._random.choice((self._kill, self._kill, self._leave, self._freeze, self._switch))
             self.report.churn[action.__name__.strip("_")] += 1
             await action()

@@ -292,4 +292,6 @@ class App:
             self._engine.failures.apply(command)
         except ValueError as error:
             raise RequestError(str(error), param="mode") from error
+        for engine in self._ranks:
+            engine.scheduler.wake()
         exchange.respond(200, _encode({"mode": command["mode"]}))

@@ -16,6 +16,8 @@ MODES: Mapping[str, frozenset[str]] = {
     "crash_after": frozenset({"requests", "tokens"}),
     "hang": frozenset(),
     "slow": frozenset({"factor"}),
+    "hold": frozenset({"tokens", "spread"}),
+    "release": frozenset(),
     "refuse": frozenset(),
     "drop_transfer": frozenset({"count"}),
     "exit_at_start": frozenset({"cause"}),
@@ -66,6 +68,7 @@ class Failures:
         self.never_ready = False
         self.start_failure: str | None = None
         self.slow_factor = 1.0
+        self._hold: tuple[int, int] | None = None
         self._drops = 0
         self._requests_left: int | None = None
         self._tokens_left: int | None = None
@@ -87,6 +90,11 @@ class Failures:
                 self.hang = True
             case "slow":
                 self.slow_factor = _positive(command, "factor", float)
+            case "hold":
+                spread = _positive(command, "spread", int) if "spread" in command else 0
+                self._hold = (_positive(command, "tokens", int), spread + 1)
+            case "release":
+                self._hold = None
             case "refuse":
                 self.refuse = True
             case "drop_transfer":
@@ -111,6 +119,16 @@ class Failures:
             self._tokens_left -= 1
             if self._tokens_left < 0:
                 self._die(CRASH_STATUS)
+
+    def holds(self, number: int, tokens: int) -> bool:
+        """Whether the `number`th answer, which has `tokens`, waits.
+
+        `hold tokens=N,spread=K` lets each go on to N, N + 1, … or N + K tokens by turns, until `release`.
+        """
+        if self._hold is None:
+            return False
+        least, turns = self._hold
+        return tokens >= least + number % turns
 
     def drops_transfer(self) -> bool:
         """True for the next N transfers after `drop_transfer count=N`."""

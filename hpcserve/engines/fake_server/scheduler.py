@@ -74,6 +74,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._loading: dict[Sequence, asyncio.Task[None]] = {}
+        self._submitted = 0
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -110,6 +111,8 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         if sequence.loads_remotely and self._consumer is not None:
             self._consumer.track(sequence)
+        sequence.number = self._submitted
+        self._submitted += 1
         self._waiting.append(sequence)
         self._idle.clear()
         self.wake()
@@ -171,6 +174,8 @@ class Scheduler:
         work: list[Work] = []
         for sequence in list(self._running):
             if budget == 0 or sequence.status != "running":
+                continue
+            if self._failures.holds(sequence.number, sequence.output_length):
                 continue
             if not self._grow(sequence):
                 continue

@@ -92,6 +92,8 @@ class Sequence:
         self.local_hit = 0
         self.external_hit = 0
         self.preemptions = 0
+        self.number = 0
+        """Which of all that its scheduler was given."""
         self.given: tuple[int, ...] = ()
         """The first tokens of the answer, where another engine has sampled them."""
         self.loads_remotely = bool(self.kv_params.get("do_remote_prefill"))

@@ -6,7 +6,6 @@ Either every node has the whole model at the same path, or every engine loads fr
 from __future__ import annotations
 
 import asyncio
-import hmac
 import random
 import secrets
 import time
@@ -18,9 +17,9 @@ import msgspec
 
 from ...errors import HpcserveError, JobError
 from ...rundir.atomic import write_json
-from .. import frames
 from ..console import say
 from ..discovery.facts import RankFacts, Roster
+from ..frames import HELLO_TIMEOUT, Channel, Failed, WrongKey, accept
 from ..inputs import Inputs
 from ..journal import Journal
 from ..ports import listen
@@ -46,12 +45,11 @@ _IN_USE = 5
 class Peer:
     """A rank as the coordinator sees it."""
 
-    def __init__(self, facts: RankFacts, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, facts: RankFacts, channel: Channel) -> None:
         self.rank = facts.rank
         self.node = facts.node
         self.address = facts.address
-        self.reader = reader
-        self.writer = writer
+        self.channel = channel
         self.heard = time.monotonic()
         self.gone = False
         self.joined: Mapping[str, Any] = {}
@@ -63,7 +61,7 @@ class Peer:
 
     def order(self, do: str, **fields: Any) -> None:
         self.reply = None
-        frames.send(self.writer, {"do": do, **fields})
+        self.channel.put({"do": do, **fields})
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.node})"
@@ -94,7 +92,7 @@ class Coordinator:
         """
         listening = listen(port_range(self._inputs, "control"), self._roster.ranks[0].address)
         listening.setblocking(False)
-        server = await asyncio.start_server(self._accept, sock=listening, limit=MAX_FRAME + 4)
+        server = await asyncio.start_server(self._accept, sock=listening)
         host, port = listening.getsockname()[:2]
         place = coordinator_file(self._inputs)
         place.parent.mkdir(mode=0o700, exist_ok=True)
@@ -121,7 +119,7 @@ class Coordinator:
         for peer in self._peers.values():
             with suppress(OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
-                    await peer.writer.drain()
+                    await peer.channel.drain()
 
     # What is decided.
 
@@ -307,12 +305,10 @@ class Coordinator:
         self._tasks.add(task)
         peer: Peer | None = None
         try:
-            async with asyncio.timeout(10.0):
-                peer = await self._greet(reader, writer)
-            self._peers[peer.rank] = peer
+            peer = await self._greet(reader, writer)
             while True:
-                self._hear(peer, await frames.receive(reader, MAX_FRAME))
-        except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError, KeyError, TypeError):
+                self._hear(peer, await peer.channel.receive())
+        except (*Failed, WrongKey):
             # A stranger, or a rank that died, or one that was told to end.
             if peer is not None:
                 peer.gone = True
@@ -322,16 +318,15 @@ class Coordinator:
             writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
-        nonce, key = secrets.token_hex(16), self._inputs.job_key.encode()
-        frames.send(writer, {"nonce": nonce})
-        hello = await frames.receive(reader)
-        nonces, rank = f"{nonce} {hello['nonce']}", hello["rank"]
-        if not hmac.compare_digest(hello["mac"], frames.mac(key, "stage", nonces, rank)):
-            raise ValueError("wrong job key")
+        key, attempt = self._inputs.job_key.encode(), self._inputs.attempt
+        channel = await accept(reader, writer, key=key, attempt=attempt, most=MAX_FRAME)
+        async with asyncio.timeout(HELLO_TIMEOUT):
+            rank = (await channel.receive())["rank"]
         if rank in self._peers or rank not in range(len(self._roster.ranks)):
             raise ValueError("no such rank, or it came before")
-        frames.send(writer, {"mac": frames.mac(key, "staging", nonces, rank)})
-        return Peer(self._roster.ranks[rank], reader, writer)
+        channel.put({"welcome": True})
+        peer = self._peers[rank] = Peer(self._roster.ranks[rank], channel)
+        return peer
 
     def _hear(self, peer: Peer, message: Mapping[str, Any]) -> None:
         peer.heard = time.monotonic()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
-import secrets
 import socket
 import threading
 import time
@@ -18,9 +16,9 @@ import msgspec
 
 from ...errors import HpcserveError, JobError, StorageError
 from ...rundir.atomic import read_json
-from .. import frames
 from ..console import say
 from ..discovery.facts import Roster
+from ..frames import Channel, Failed, WrongKey, connect
 from ..inputs import Inputs
 from ..ports import PortRange, ephemeral_range, listen
 from .copy import Copy
@@ -39,7 +37,6 @@ _HELLO = 30.0
 _LEAST_MARGIN = 64 << 20
 MAX_FRAME = 16 << 20
 """Bytes of a message: a listing of some ten thousand files."""
-_Failed = (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError, ValueError, KeyError, TypeError)
 
 
 def coordinator_file(inputs: Inputs) -> Path:
@@ -71,19 +68,19 @@ class Worker:
     async def run(self) -> None:
         """Raises JobError; NotStaged when the run goes on with the shared path."""
         listening = listen(port_range(self._inputs, f"data {self._rank}"), self._facts.address)
-        reader, writer = await self._find()
-        heart = asyncio.create_task(self._beat(writer))
+        channel = await self._find()
+        heart = asyncio.create_task(self._beat(channel))
         try:
-            self._say(writer, "join", **self._look(), port=listening.getsockname()[1])
+            self._say(channel, "join", **self._look(), port=listening.getsockname()[1])
             while True:
                 try:
-                    order = await frames.receive(reader, MAX_FRAME)
-                except _Failed as error:
+                    order = await channel.receive()
+                except (*Failed, WrongKey) as error:
                     raise JobError(
                         "lost the head node while the model was staged",
                         hint="logs/staging-0.log has what the head node said",
                     ) from error
-                if not await self._obey(order, writer, listening):
+                if not await self._obey(order, channel, listening):
                     return
         finally:
             heart.cancel()
@@ -95,29 +92,20 @@ class Worker:
             if self._copy is not None:
                 self._copy.close()
             listening.close()
-            writer.close()
+            await channel.close()
 
     # To the coordinator, and back.
 
-    async def _find(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _find(self) -> Channel:
         deadline = time.monotonic() + _FIND_WAIT
-        key = self._inputs.job_key.encode()
         while True:
             try:
                 entry = read_json(coordinator_file(self._inputs))
-                if entry["attempt"] != self._inputs.attempt:
-                    raise ValueError("of an earlier start")
-                async with asyncio.timeout(_HELLO):
-                    reader, writer = await asyncio.open_connection(entry["address"], entry["port"])
-                    nonce = secrets.token_hex(16)
-                    nonces = f"{(await frames.receive(reader))['nonce']} {nonce}"
-                    mac = frames.mac(key, "stage", nonces, self._rank)
-                    frames.send(writer, {"rank": self._rank, "nonce": nonce, "mac": mac})
-                    answer = (await frames.receive(reader))["mac"]
-                if hmac.compare_digest(answer, frames.mac(key, "staging", nonces, self._rank)):
-                    return reader, writer
-                writer.close()
-            except (*_Failed, StorageError):
+                if entry["attempt"] == self._inputs.attempt:
+                    channel = await self._introduce(entry["address"], entry["port"])
+                    if channel is not None:
+                        return channel
+            except (*Failed, WrongKey, StorageError):
                 pass  # not there yet, or not ours
             if time.monotonic() > deadline:
                 raise JobError(
@@ -128,28 +116,41 @@ class Worker:
                 os.listdir(coordinator_file(self._inputs).parent)  # makes an NFS client notice new files
             await asyncio.sleep(0.1)
 
-    def _say(self, writer: asyncio.StreamWriter, kind: str, **fields: Any) -> None:
-        frames.send(writer, {"kind": kind, **fields})
+    async def _introduce(self, address: str, port: int) -> Channel | None:
+        """A channel to a coordinator that is ours. Raises one of `Failed`, or WrongKey."""
+        attempt, key = self._inputs.attempt, self._inputs.job_key.encode()
+        channel = await connect(address, port, key=key, attempt=attempt, seconds=_HELLO, most=MAX_FRAME)
+        if channel is None:
+            return None
+        try:
+            channel.put({"rank": self._rank})
+            async with asyncio.timeout(_HELLO):
+                await channel.receive()
+        except BaseException:
+            await channel.close()
+            raise
+        return channel
 
-    async def _beat(self, writer: asyncio.StreamWriter) -> None:
+    def _say(self, channel: Channel, kind: str, **fields: Any) -> None:
+        channel.put({"kind": kind, **fields})
+
+    async def _beat(self, channel: Channel) -> None:
         while True:
             relay = self._relay
             counts = [relay.present, relay.read, relay.received] if relay else [0, 0, 0]
-            self._say(writer, "beat", counts=counts)
+            self._say(channel, "beat", counts=counts)
             await asyncio.sleep(BEAT)
 
-    async def _obey(
-        self, order: Mapping[str, Any], writer: asyncio.StreamWriter, listening: socket.socket
-    ) -> bool:
+    async def _obey(self, order: Mapping[str, Any], channel: Channel, listening: socket.socket) -> bool:
         """False when that was the last."""
         match order["do"]:
             case "offer":
                 self._listing = msgspec.convert(order["listing"], Listing)
-                await self._answer(writer, "offer", self._offer)
+                await self._answer(channel, "offer", self._offer)
             case "release":
                 self._release()
             case "go":
-                self._task = asyncio.create_task(self._stage(order, writer, listening))
+                self._task = asyncio.create_task(self._stage(order, channel, listening))
             case "end":
                 return False
             case "abort":
@@ -157,14 +158,14 @@ class Worker:
                 raise kind(order["message"], hint=order["hint"])
         return True
 
-    async def _answer(self, writer: asyncio.StreamWriter, kind: str, work: Any) -> None:
+    async def _answer(self, channel: Channel, kind: str, work: Any) -> None:
         """In a thread: file systems may hang, and the heart is to beat on."""
         try:
             fields = await asyncio.to_thread(work)
         except (HpcserveError, OSError) as error:
-            self._say(writer, "failed", **_told(error))
+            self._say(channel, "failed", **_told(error))
             return
-        self._say(writer, kind, **fields)
+        self._say(channel, kind, **fields)
 
     # What is done.
 
@@ -226,17 +227,15 @@ class Worker:
             self._copy.close()
             self._copy = None
 
-    async def _stage(
-        self, order: Mapping[str, Any], writer: asyncio.StreamWriter, listening: socket.socket
-    ) -> None:
+    async def _stage(self, order: Mapping[str, Any], channel: Channel, listening: socket.socket) -> None:
         try:
             await asyncio.to_thread(self._run_relay, order, listening)
         except (HpcserveError, OSError) as error:
-            self._say(writer, "failed", **_told(error))
+            self._say(channel, "failed", **_told(error))
             return
         assert self._relay is not None, "it has just run"
         relay = self._relay
-        self._say(writer, "done", counts=[relay.present, relay.read, relay.received])
+        self._say(channel, "done", counts=[relay.present, relay.read, relay.received])
 
     def _run_relay(self, order: Mapping[str, Any], listening: socket.socket) -> None:
         copy, ring = self._copy, order["ring"]

@@ -98,6 +98,8 @@ class Field:
         self.engines: dict[str, FakeEngine] = {}
         self.pool = Pool(idle_per_origin=1024)
         self.generation = dict.fromkeys(engines, 0)
+        self.stopped: set[str] = set()
+        """Engines that can't be told anything."""
         self.ports = {name: free_port() for name in engines}
         self.meetings = {name: free_port() for name in engines if name.startswith("prefill") and self.meets}
         """Where decode engines find prefill engines."""
@@ -110,6 +112,7 @@ class Field:
 
     def launch(self, name: str) -> None:
         """Start an engine; the same port each time."""
+        self.stopped.discard(name)
         role = name.partition("-")[0]
         flags: tuple[str, ...] = ("--itl-ms", "30", *self.flags, "--port", str(self.ports[name]))
         if role != "aggregated":
@@ -138,6 +141,7 @@ class Field:
         return f"http://127.0.0.1:{self.router.port}"
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        self.stopped.add(name)
         self.engines[name].process.send_signal(number)
 
     async def stream(self, path: str, body: Json, answer: Answer | None = None) -> Answer:
@@ -175,8 +179,14 @@ class Field:
         happens: Callable[[], Any],
         *,
         tokens: int = 3,
+        hold: int = 12,
     ) -> list[Answer]:
-        """All streams at once; `happens` is called when each has had some text."""
+        """All streams at once; `happens` is called when each has had some text.
+
+        However slow the machine is, none has ended by then: its engine holds it at `hold` tokens, or one more
+        by turns. They go on when `happens` has returned.
+        """
+        await self.tell("hold", tokens=hold, spread=1)
         answers = [Answer() for _ in bodies]
         tasks = [
             asyncio.create_task(self.stream(path, body, answer))
@@ -189,10 +199,17 @@ class Field:
             result = happens()
             if asyncio.iscoroutine(result):
                 await result
+            await self.tell("release")
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def tell(self, mode: str, **fields: int) -> None:
+        """A command to all engines that can hear."""
+        for name in self.names:
+            if name not in self.stopped:
+                await asyncio.to_thread(self.engines[name].fail, mode, **fields)
 
     async def metric(self, line: str) -> float:
         """The router's metric that starts with `line`, summed over what follows."""

@@ -77,7 +77,7 @@ async def test_slow_engine_that_lives_keeps_its_streams(field):
         for name in AGGREGATED:
             running.engines[name].fail("slow", factor=220)
 
-    answers = await running.during(CHAT, bodies, lambda: asyncio.to_thread(slow), tokens=2)
+    answers = await running.during(CHAT, bodies, lambda: asyncio.to_thread(slow), tokens=2, hold=3)
     await check(running, CHAT, bodies, answers)
     assert await running.metric("hpcserve_router_migrations_total{") == 0
 
@@ -89,6 +89,7 @@ async def test_prefill_engine_that_dies_costs_no_stream(field):
 
     async def kill_and_ask() -> list[Answer]:
         running.kill("prefill-1")
+        await running.tell("release")
         return await asyncio.gather(*(running.stream(CHAT, body) for body in second))
 
     late: list[Answer] = []

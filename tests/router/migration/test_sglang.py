@@ -61,7 +61,9 @@ async def test_a_stop_string_that_may_have_begun_is_not_cut(field, temperature):
         for i, (body, text) in enumerate(zip(plain, whole, strict=True))
     ]
     expected = await texts(running, COMPLETIONS, asked)
-    answers = await running.during(COMPLETIONS, asked, lambda: running.kill(AGGREGATED[1]), tokens=16)
+    answers = await running.during(
+        COMPLETIONS, asked, lambda: running.kill(AGGREGATED[1]), tokens=16, hold=20
+    )
     assert not any(answer.done and answer.error is None and not answer.finish for answer in answers)
     for answer, text in zip(answers, expected, strict=True):
         if answer.error is None:
