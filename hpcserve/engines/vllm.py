@@ -195,7 +195,27 @@ def _parallel(context: EngineContext) -> Iterator[str]:
 
 
 def _transfer(context: EngineContext) -> dict[str, Any] | None:
-    """KVTransferConfig: the way between prefill and decode, and KV tiers, or both."""
+    """KVTransferConfig, with the name that the engine has for others."""
+    transfer, name = _connectors(context), _engine_id(context)
+    return transfer if transfer is None or name is None else {**transfer, "engine_id": name}
+
+
+def _engine_id(context: EngineContext) -> str | None:
+    """Each process makes one up, and appends its data-parallel rank. Where a rank has several, they must say
+    the same, or decode refuses the blocks of all but the first (nixl/base_worker.py, _nixl_handshake); those
+    without the rank's scheduler append nothing (v1/engine/core.py, run_engine_core)."""
+    replica = context.replica
+    span = len(replica.nodes) // replica.data_parallel
+    if span < 2:
+        return None
+    # A start has ports of its own, and so a name: what others know of the one before is not about it.
+    name = f"{replica.name}-{context.head_address}-{context.ports['master']}"
+    rank, follows = divmod(context.node, span)
+    return f"{name}_dp{rank}" if follows and replica.data_parallel > 1 else name
+
+
+def _connectors(context: EngineContext) -> dict[str, Any] | None:
+    """The way between prefill and decode, and KV tiers, or both."""
     nixl = None if context.replica.role == "aggregated" else _nixl(context)
     tiers = _tiers(context) if cpu_bytes(context.plan, context.replica) else None
     if nixl is None or tiers is None:

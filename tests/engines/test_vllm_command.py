@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpcserve.config.model import KvOffloadSpec, RoleSpec
+from hpcserve.config.model import KvOffloadSpec, ModelSpec, RoleSpec
 from hpcserve.config.site import NetworkSite, NodeSite
 from hpcserve.engines.base import EngineCommand
 from hpcserve.engines.vllm import RESERVED, VLLM
@@ -175,6 +175,29 @@ def test_kv_tiers_stand_behind_nixl() -> None:
         assert "engine_id" not in nixl and "engine_id" not in kept
     made = context(spec, site(), replica="decode-0", nodes=2)
     assert VLLM().disk_tier(made) == ("/tmp/job/kv-blocks", 250 << 30)
+
+
+def test_processes_of_one_rank_have_one_name_and_those_of_another_start_another() -> None:
+    def names(spec: ModelSpec, nodes: int, **more: Any) -> list[str | None]:
+        replica = context(spec, site(), replica="prefill-0", nodes=nodes + 1).replica
+        return [
+            transfer(command(spec, site(), replica="prefill-0", nodes=nodes + 1, node=place, **more)).get(
+                "engine_id"
+            )
+            for place in range(len(replica.nodes))
+        ]
+
+    wide = model(prefill=tp(16), decode=tp(8))
+    (first, second) = names(wide, 2)
+    assert first == second is not None
+    later = {"http": "20001", "side_channel": "20002", "master": "20009"}
+    assert first not in names(wide, 2, ports=later)
+    assert names(replace(wide, kv_offload=KvOffloadSpec(cpu_gib=64)), 2) == [first, first]
+    # vLLM appends the rank where its scheduler is, and nowhere else.
+    ranks = names(model(prefill=tp(16, data_parallel=2), decode=tp(8)), 4)
+    assert ranks == [ranks[0], f"{ranks[0]}_dp0", ranks[0], f"{ranks[0]}_dp1"]
+    # Of ranks on one node each, all processes have one parent.
+    assert names(model(prefill=tp(8, data_parallel=2), decode=tp(8)), 2) == [None, None]
 
 
 def test_kv_tiers_of_an_engine_without_a_partner() -> None:

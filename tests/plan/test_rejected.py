@@ -193,6 +193,20 @@ CASES = [
         "use `decode: {pipeline_parallel: 1}` and a larger tensor_parallel",
     ),
     Case(
+        "prefill with pipeline stages",
+        model(prefill=tp(4, pipeline_parallel=2), decode=tp(8)), site(), {"nodes": 2},
+        "prefill.pipeline_parallel is 2, but vLLM's NIXL connector can't read KV blocks "
+        "of more than one pipeline stage",
+        "use `prefill: {pipeline_parallel: 1}` and a larger tensor_parallel",
+    ),
+    Case(
+        "decode on fewer GPUs than the KV heads that prefill repeats",
+        model(prefill=tp(16), decode=tp(8)), site(), {"nodes": 3, "facts": LLAMA_70B},
+        "prefill.tensor_parallel is 16 and decode.tensor_parallel 8, but the model has 8 KV heads, and vLLM's "
+        "NIXL connector can't read from more GPUs than that into fewer",
+        "set `prefill.tensor_parallel` to 8 or less, or both to 16",
+    ),
+    Case(
         "tensor_parallel of the roles don't divide one another",
         model(prefill=tp(2, replicas=3), decode=tp(3, replicas=2)), site(gpus=6), {"nodes": 2},
         "prefill.tensor_parallel is 2 and decode.tensor_parallel 3, but for KV transfer one must divide the other",
