@@ -271,10 +271,15 @@ async def test_a_seat_holds_its_directory_until_it_is_told_to_stop(tmp_path: Pat
     assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
     running = asyncio.create_task(seat.run())
     await asyncio.sleep(0)
+    lifeline = os.open(scratch / "lifeline", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        os.read(lifeline, 1)
     assert seat.snapshot()["state"] == "loading" and seat.snapshot()["scratch"] == str(scratch)
     seat.stop(0.0)
     await running
     assert seat.snapshot()["state"] == "stopped" and changes
+    assert os.read(lifeline, 1) == b""
+    os.close(lifeline)
 
 
 class Task(NamedTuple):

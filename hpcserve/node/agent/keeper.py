@@ -8,6 +8,7 @@ workers below it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,23 +20,28 @@ from ..process import signal_group
 
 
 class Keeper:
-    """Start it before any thread or event loop: it forks."""
+    """Start it before any thread or event loop: it forks. Raises OSError when it can't."""
 
     def __init__(self) -> None:
         reading, self._pipe = os.pipe()
         self._ended, ending = os.pipe()
         child = os.fork()
         if child == 0:
-            # Twice: where Slurm finds a step's processes by their parents (proctrack/linuxproc), it would
-            # kill the keeper with the agent, and miss what was started or lost its parent while it looked.
-            if os.fork() == 0:
-                os.close(self._pipe)
-                os.close(self._ended)
-                _keep(reading)
-            os._exit(0)
-        os.waitpid(child, 0)
+            failed = 1
+            try:
+                # Twice: where Slurm finds a step's processes by their parents (proctrack/linuxproc), it would
+                # kill the keeper with the agent, and miss what was started or lost its parent meanwhile.
+                if os.fork() == 0:
+                    os.close(self._pipe)
+                    os.close(self._ended)
+                    _keep(reading)
+                failed = 0
+            finally:
+                os._exit(failed)
         os.close(reading)
         os.close(ending)
+        if os.waitpid(child, 0)[1]:
+            raise BlockingIOError(errno.EAGAIN, "no process can be started to end what this one leaves")
 
     def add(self, group: int) -> None:
         """`group` is to be killed when this process is gone."""
