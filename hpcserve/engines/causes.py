@@ -82,7 +82,9 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "mpi",
-        r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault)",
+        # Of a rank that a signal ended, its launcher ends with the signal's number above 128.
+        r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault"
+        r"|Exited with exit code 1(34|35|37|39|43)$)",
         "one of the replica's ranks died, and the others with it; if it was killed, its node may have run "
         "out of memory: `sacct -o MaxRSS,State` tells",
         retry=True,

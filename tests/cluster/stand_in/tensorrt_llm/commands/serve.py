@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import threading
 import time
 from typing import Any
 
@@ -45,7 +46,9 @@ def main(*, args: list[str], prog_name: str) -> None:
     flags = ["--model", given.model, "--served-model-name", OpenAIServer().model, "--role", role]
     flags += ["--host", given.host, "--port", str(given.port), "--side-channel-port", str(_port(given.host))]
     with workers:
-        raise SystemExit(serve([*flags, "--dialect", "tensorrt-llm", "--shutdown-timeout", "5"]))
+        serve([*flags, "--dialect", "tensorrt-llm", "--shutdown-timeout", "5"])
+        # The worst that SIGTERM leaves: its workers are gone, and it waits for them to end.
+        threading.Event().wait()
 
 
 def _parse(args: list[str], prog_name: str) -> argparse.Namespace:
