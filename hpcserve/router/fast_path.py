@@ -96,7 +96,7 @@ class FastPath:
             return None
         identity = router.keyring.identify(exchange)
         fields = calls.fields(exchange, body)
-        if not _usual(fields) or exchange.header(b"x-hpcserve-explain") is not None:
+        if not _usual(fields, engine.router_members) or exchange.header(b"x-hpcserve-explain") is not None:
             return None
         model = calls.value(fields, "model")
         if model is not None and not isinstance(model, str):
@@ -149,9 +149,11 @@ class FastPath:
             self.pump.close()
 
 
-def _usual(fields: Raw) -> bool:
-    """A stream of one answer to one prompt, with nothing in it that the task has to look into."""
+def _usual(fields: Raw, refused: Sequence[str]) -> bool:
+    """A stream of one answer to one prompt, with nothing in it that the task must look into or refuse."""
     if fields.get("stream") != _TRUE or fields.get("n", _ONE) != _ONE or "use_beam_search" in fields:
+        return False
+    if not fields.keys().isdisjoint(refused):
         return False
     for name in _TELLING:
         if name in fields:

@@ -273,13 +273,15 @@ async def half(exchange: Exchange, seen: Seen) -> bool:
     return True
 
 
+@pytest.mark.parametrize("roles", [("prefill-0", "decode-0"), ("aggregated-0",)], ids=["pair", "one"])
 @pytest.mark.parametrize("name", [*MEETING, "routed_dp_rank", "disagg_prefill_dp_rank"])
-async def test_client_can_not_send_engines_to_an_address_of_its_own(start_pairs, name):
-    bench = await start_pairs("prefill-0", "decode-0")
+async def test_client_can_not_send_engines_to_an_address_of_its_own(start_pairs, name, roles):
+    bench = await start_pairs(*roles)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        status, error = await bench.error(path, {**ASK, name: 1})
-        assert (status, error["message"]) == (400, f"`{name}` is set by the router; leave it out")
-    assert not bench["prefill-0"].seen and not bench["decode-0"].seen
+        for body in (ASK, STREAM):
+            status, error = await bench.error(path, {**body, name: 1})
+            assert (status, error["message"]) == (400, f"`{name}` is set by the router; leave it out")
+    assert not any(bench[role].seen for role in roles)
     await bench.json("/v1/completions", {**ASK, name: None})
 
 
