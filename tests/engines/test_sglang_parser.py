@@ -11,6 +11,7 @@ these tests.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -223,6 +224,19 @@ def test_kv_of_the_host_is_told_where_sglang_asks_of_which_kind_it_is() -> None:
     assert [argument.arg for argument in function.args.args] == ["kinds", "expected_len"]
     told = sglang_host_kv.on_host(lambda kinds, length: kinds[:length], None, 3)
     assert told == ["DRAM"] * 3
+
+
+def test_nixls_thread_sleeps_where_the_cpu_computes() -> None:
+    """NIXL's class takes the other delay, and its Python API makes agents with what the plugin puts there."""
+    from nixl import _api
+
+    given = _api.nixlBind.nixlAgentConfig
+    made = sglang_host_kv.calm(given)()
+    made.pthrDelay = 0
+    assert made.pthrDelay == given.pthrDelay.__get__(made) == sglang_host_kv.LOOK_EVERY_US
+    source = inspect.getsource(_api.nixl_agent.__init__)
+    assert "agent_config = nixlBind.nixlAgentConfig()" in source and "pthrDelay = 0" in source
+    _api.nixlBind.nixlAgent("of a test", made)
 
 
 def test_the_key_is_sent_and_not_shown() -> None:

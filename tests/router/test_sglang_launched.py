@@ -48,7 +48,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[LaunchedRun]:
+def expected(weights: Path) -> list[list[int]]:
+    """What transformers says to the prompts, greedily: an opinion that is not SGLang's."""
+    return [greedy(weights, prompt, TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, weights: Path, expected: list[list[int]]
+) -> Iterator[LaunchedRun]:
+    """Started once the answers are known: beside three engines they would take longer."""
     launched = LaunchedRun(
         tmp_path_factory.mktemp("run"), MODEL.format(model=weights, sglang=SGLANG), nodes=3
     )
@@ -59,15 +68,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Lau
         launched.stop()
 
 
-@pytest.fixture(scope="module")
-def expected(weights: Path) -> list[list[int]]:
-    """What transformers says to the prompts, greedily: an opinion that is not SGLang's."""
-    return [greedy(weights, prompt, TOKENS) for prompt in PROMPTS]
-
-
 def body(prompt: str, **fields: Any) -> dict[str, Any]:
-    greedy = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
-    return {"model": "tiny", "prompt": prompt, **greedy, **fields}
+    always = {"model": "tiny", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+    return {**always, "prompt": prompt, **fields}
 
 
 def ask(run: LaunchedRun, asked: dict[str, Any]) -> requests.Response:
