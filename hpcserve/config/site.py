@@ -173,6 +173,11 @@ class StorageSite(Provenance):
     )
     node_local: str = key("Fast private directory on a node. $VARS are expanded there.", "/tmp")
     stage: bool = key("Stage models to `node_local`, unless model.yaml says otherwise with `stage`.", False)
+    kv: str | None = key(
+        "Directory of KV blocks that outlive a run (`kv_offload.shared_gib`): yours alone, on a file system"
+        " that all nodes share. ~ and $VARS are expanded where the launch is typed.",
+        None,
+    )
     keep_staged: bool = key("Leave staged models on the nodes at a job's end, for the next one.", True)
 
 

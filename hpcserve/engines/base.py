@@ -47,6 +47,7 @@ class EngineContext:
     python: str = "python"
     scratch: str = "$TMPDIR"
     """Node-local private directory of this replica."""
+    run_dir: str = "$RUN_DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ def make_plan(request: PlanRequest) -> Plan:
         check_kv_path(site, model.engine, nodes)
     placed, pool_nodes = _place(request, sites, roles, wishes, nodes, slots, device, notes)
     stage = _stage(request, notes)
-    kv_offload = choose_offload(request, sites.values(), device, notes)
+    kv_offload = choose_offload(request, sites.values(), placed, notes)
     used = {
         role: _slots_asked(
             at, device, slots[role], [one for one in placed if not different or one.role == role]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config.images import image_path
+from ..plan.offload import shared_bytes
 from ..plan.plan import Plan
 from .quoting import Expanding
 
@@ -70,6 +71,8 @@ def _own_paths(plan: Plan, run_dir: Path) -> Iterator[tuple[str, str]]:
             yield plan.site.setup.env[name].rstrip("/"), ""
     if plan.batch is not None:
         yield plan.batch.output, ""
+    if shared_bytes(plan) and plan.site.storage.kv is not None:
+        yield plan.site.storage.kv.rstrip("/"), ""
 
 
 def _covers(bind: str, path: str) -> bool:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 from .. import engines
 from ..engines.base import Engine, EngineCommand, EngineContext
+from ..plan.offload import shared_bytes
 from ..plan.plan import Plan, ReplicaPlan
 from .engine_step import srun_words
 from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|SCRATCH|PYTHON"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|RUN_DIR|SCRATCH|PYTHON"
     r"|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
@@ -71,6 +72,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   ADDRESS       this node's address that the other nodes reach",
         "#   …_PORT        ports bound on this node",
         "#   SCRATCH       private directory on this node",
+        *(["#   RUN_DIR       the run directory"] if shared_bytes(plan) else []),
         *(
             ["#   MODEL         the staged copy of the model on each node, from staged.json"]
             if plan.model.stage

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hpcserve.config.model import ModelSpec
+from hpcserve.config.model import KvOffloadSpec, ModelSpec
 from hpcserve.config.site import ContainerSite, SetupSite, StorageSite
 from hpcserve.errors import PlanError
 from hpcserve.render.containers import apptainer_words, binds, pyxis_words
@@ -81,6 +81,17 @@ def test_the_cache_of_the_hub_is_bound_where_the_site_sets_it() -> None:
         setup=SetupSite(env={"HF_HOME": "$SCRATCH/hf/"}),
     )
     assert "$SCRATCH/hf:$SCRATCH/hf" in binds(plan(site, model=ModelSpec(model="org/llama")), RUN_DIR)
+
+
+def test_the_directory_of_kv_blocks_that_outlive_the_run_is_bound() -> None:
+    site = replace(
+        dgx(),
+        container=ContainerSite(runtime="apptainer", image="/i.sif"),
+        storage=StorageSite(kv="/lustre/me/kv"),
+    )
+    shared = ModelSpec(model="org/llama", kv_offload=KvOffloadSpec(cpu_gib=1, shared_gib=10))
+    assert "/lustre/me/kv:/lustre/me/kv" in binds(plan(site, model=shared), RUN_DIR)
+    assert "/lustre/me/kv:/lustre/me/kv" not in binds(plan(site, model=ModelSpec(model="org/llama")), RUN_DIR)
 
 
 def test_an_image_of_a_registry_is_used_from_the_cache() -> None:

@@ -246,6 +246,7 @@ class EngineLauncher:
             kv_over_nvlink=devices.kv_over_nvlink,
             python=self.plan.site.container.python if engines_apart(self.plan) else sys.executable,
             scratch=scratch or str(self.scratch),
+            run_dir=str(self.run_dir),
             gpu_names=tuple(gpu.visible for gpu in facts.gpus),
         )
 
