@@ -170,15 +170,27 @@ if [ "$met" -ne 0 ]; then
 fi
 
 # Preflight: NIXL moves a test buffer between prefill and decode nodes, in processes that end with this step.
-# Its first task to end is rank 0, or one that died: no node that is cut off holds the step for long.
+# Slurm counts --wait from the first task to end, whichever that is, and then kills rank 0 too.
 stage=preflight
-"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=30 --immediate=60 --mpi=none \
+over=$HPCSERVE_RUN_DIR/rendezvous/preflight-over
+"${step[@]}" --no-kill --kill-on-bad-exit=0 --wait=600 --immediate=60 --mpi=none \
 --open-mode=truncate --output="$logs_pattern/preflight-%t.log" \
   "${inside[@]}" "$python" -m hpcserve.node preflight --run-dir "$HPCSERVE_RUN_DIR" &
 running=("$!")
-await "$!"
+until [ -e "$over" ] || [ "$signals" -gt 0 ] || ! alive "${running[@]}"; do
+  sleep 0.2 &
+  wait "$!"
+done
+# Rank 0 has said what it found: no node that hangs or is cut off holds the job for long.
+if [ "$signals" -eq 0 ] && ! within 30 "${running[@]}"; then
+  say "warning: the preflight is over, and some node's part of it did not end in 30 s: it is killed"
+  kill "${running[@]}" 2>/dev/null
+fi
+await "${running[0]}"
 measured=$?
 running=()
+# Slurm's status is that of a killed task, where there is one.
+if [ -e "$over" ]; then read -r _ measured <"$over"; fi
 if [ -e "$logs/preflight-0.log" ]; then cat -- "$logs/preflight-0.log" >&2; fi
 if [ "$signals" -gt 0 ]; then
   say "stopped during the preflight"

@@ -5,6 +5,11 @@ from __future__ import annotations
 from .abilities import ABILITIES
 from .plan import Plan
 
+PREFLIGHT_TIMEOUT = 480
+"""Seconds after which rank 0 is done, whatever does not answer."""
+PREFLIGHT_WAIT = PREFLIGHT_TIMEOUT + 120
+"""Seconds that the step goes on after its first task has ended: rank 0 may have begun so much later."""
+
 
 def has_preflight(plan: Plan) -> bool:
     """Where NIXL moves KV blocks between nodes, unless model.yaml says `kv_preflight: false`.

@@ -12,7 +12,7 @@ from ..config.resources import resources
 from ..config.site import SlurmSite
 from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Component, Plan
-from ..plan.preflight import has_preflight
+from ..plan.preflight import PREFLIGHT_WAIT, has_preflight
 from . import quoting
 from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
 from .gpus import gpu_request
@@ -56,6 +56,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         mpi=site.slurm.mpi,
         transports=_transports(plan),
         preflight=has_preflight(plan),
+        preflight_wait=PREFLIGHT_WAIT,
     )
 
 

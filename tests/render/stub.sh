@@ -1,7 +1,7 @@
 #!/bin/bash
 # Stands in for srun, mpirun, apptainer, squeue and python: writes down how it was called, then does
 # what the file of that program in $STUBS says: `exit N`, `terms K N` (ends at the Kth TERM or USR1), `deaf`,
-# `after K N` (ends once K agents are up), `joins K N` (K ranks write their files, then it ends, or hangs if N is `hangs`), `say TEXT`, `run PROGRAM DIRECTORY` (as a step with PMIx).
+# `finds K N` (rank 0's preflight says K; then it ends, or hangs until TERM if N is `hangs`), `after K N` (ends once K agents are up), `joins K N` (K ranks write their files, then it ends, or hangs if N is `hangs`), `say TEXT`, `run PROGRAM DIRECTORY` (as a step with PMIx).
 name=${0##*/}
 program=$name
 for word in "$@"; do
@@ -22,6 +22,16 @@ case $action in
     mkdir -p "$HPCSERVE_RUN_DIR/ranks"
     for ((rank = 0; rank < first; rank++)); do echo '{}' >"$HPCSERVE_RUN_DIR/ranks/$rank.json"; done
     if [ "$second" = hangs ]; then sleep 3600 & wait "$!"; fi
+    exit "$second"
+    ;;
+  finds)
+    mkdir -p "$HPCSERVE_RUN_DIR/rendezvous"
+    echo "local.0 $first" >"$HPCSERVE_RUN_DIR/rendezvous/preflight-over"
+    if [ "$second" = hangs ]; then
+      echo "$program" >>"$STUBS/up"
+      trap 'exit 137' TERM
+      while :; do sleep 0.05 & wait "$!"; done
+    fi
     exit "$second"
     ;;
   say) echo "$first"; exit 0 ;;

@@ -9,7 +9,9 @@ import pytest
 
 from hpcserve.config.model import ModelSpec
 from hpcserve.config.site import SetupSite, Site
+from hpcserve.node.preflight import coordinator, member
 from hpcserve.plan.plan import BatchPlan
+from hpcserve.plan.preflight import PREFLIGHT_TIMEOUT
 from hpcserve.render.script import render_script
 from hpcserve.rundir.events import read_events
 
@@ -180,9 +182,56 @@ def test_a_preflight_that_dies_is_told_and_the_job_goes_on(tmp_path: Path, statu
     done = job(tmp_path, SERVES | {"preflight": f"exit {status}"}).run()
     assert done.status == 0
     assert f"warning: the preflight ended with status {status}" in done.errors
-    assert {"--wait=30", "--no-kill", "--kill-on-bad-exit=0", "--mpi=none"} <= set(
-        done.call("preflight").argv
-    )
+    assert {"--no-kill", "--kill-on-bad-exit=0", "--mpi=none"} <= set(done.call("preflight").argv)
+
+
+@pytest.mark.parametrize("status", [6, 137])
+def test_the_preflights_verdict_is_rank_0s_whatever_became_of_other_tasks(
+    tmp_path: Path, status: int
+) -> None:
+    """Slurm's status is 137 where a late task was killed, and 0 or 1 where that of another is worse."""
+    done = job(tmp_path, SERVES | {"preflight": f"finds 6 {status}"}).run()
+    assert done.status == 6
+    assert done.programs == ["mpi-list", "rendezvous-mpi", "preflight", "close"]
+
+
+def test_a_preflight_that_found_nothing_wrong_is_no_warning_whatever_became_of_other_tasks(
+    tmp_path: Path,
+) -> None:
+    done = job(tmp_path, SERVES | {"preflight": "finds 0 137"}).run()
+    assert done.status == 0
+    assert "the preflight ended" not in done.errors
+
+
+def test_a_verdict_of_an_earlier_start_is_not_believed(tmp_path: Path) -> None:
+    again = job(tmp_path, SERVES | {"preflight": "exit 137"})
+    (again.run_dir / "rendezvous").mkdir(parents=True)
+    (again.run_dir / "rendezvous" / "preflight-over").write_text("1.0 6\n")
+    again.run()
+    assert again.status == 0
+    assert "warning: the preflight ended with status 137" in again.errors
+
+
+def test_once_rank_0_is_done_a_node_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    text = render_script(plan(dgx(), model=pair(), nodes=2), directory, python="python")
+    # The half minute that others have is none here.
+    patient = 'within 30 "${running[@]}"'
+    assert text.count(patient) == 1
+    text = text.replace(patient, patient.replace("30", "0"))
+    done = Job(tmp_path, text, directory, SERVES | {"preflight": "finds 0 hangs"}).run()
+    assert done.status == 0
+    assert "did not end in 30 s: it is killed" in done.errors
+    assert "head" in done.programs
+
+
+def test_slurm_does_not_kill_rank_0_because_another_task_has_ended(tmp_path: Path) -> None:
+    """--wait counts from the first task to end, whichever that is (_setup_max_wait_timer of Slurm's srun)."""
+    [wait] = [
+        word for word in job(tmp_path, SERVES).run().call("preflight").argv if word.startswith("--wait=")
+    ]
+    assert int(wait.removeprefix("--wait=")) > coordinator.JOIN + member.START + coordinator.HARD_LIMIT
+    assert int(wait.removeprefix("--wait=")) > PREFLIGHT_TIMEOUT
 
 
 def test_what_the_preflight_says_is_in_the_jobs_log(tmp_path: Path) -> None:

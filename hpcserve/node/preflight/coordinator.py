@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ...plan.preflight import PREFLIGHT_TIMEOUT
 from ...rundir.atomic import write_json
 from ..console import say
 from ..discovery.facts import Roster
@@ -25,7 +26,7 @@ from .verdict import suspects
 JOIN = 60.0
 """Seconds for all nodes to say that they are there: no NIXL is needed for that."""
 LIMIT = 60.0
-"""Seconds of measuring after which no round begins that has only nodes already measured."""
+"""Seconds of measuring after which, once a pair works, no round begins of nodes that all were in one."""
 HARD_LIMIT = 180.0
 """Seconds of measuring after which no round begins at all."""
 _SECOND_LOOKS = 16
@@ -173,6 +174,14 @@ class Coordinator:
 
     async def run(self) -> Outcome:
         """Measure what there is time for. Cancelled, it leaves what `outcome` tells."""
+        try:
+            async with asyncio.timeout(PREFLIGHT_TIMEOUT):
+                await self._measure_all()
+        except TimeoutError:
+            say(f"preflight: not over after {PREFLIGHT_TIMEOUT} s; what is still under way is left out")
+        return self.outcome()
+
+    async def _measure_all(self) -> None:
         await self._all_come()
         everybody = [probe for node in self._nodes.values() for probe in node.probes]
         plan = rounds(everybody)
@@ -182,11 +191,12 @@ class Coordinator:
         self._starting = began - self._began
         for one in plan:
             gone = time.monotonic() - began
-            if gone > (HARD_LIMIT if one.first else LIMIT):
+            # Until something works, every pair may be the one that does.
+            works = any(pair.broken is None for pair in self._pairs)
+            if gone > (LIMIT if works and not one.first else HARD_LIMIT):
                 break
             await self._round(one)
         await self._look_again(began)
-        return self.outcome()
 
     async def _look_again(self, began: float) -> None:
         """Measure again, one by one, what looks slow: it may have been somebody else's burst of traffic."""

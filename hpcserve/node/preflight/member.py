@@ -27,12 +27,16 @@ from ..frames import HELLO_TIMEOUT, Channel, Failed, WrongKey, connect
 from ..inputs import Inputs
 from ..ports import PortRange, ephemeral_range
 from .child import Child, ProbeFailed
+from .ending import is_over
 from .links import link_gbs
 from .probes import Placed, node_name
 from .records import Probe, to_json
 
 START = 180.0
-"""Seconds for a process to import NIXL and torch; a shared file system that is cold takes minutes."""
+"""Seconds for a process to import NIXL and torch; a shared file system that is cold takes minutes.
+
+Rank 0 may be late by as much, for the same reason.
+"""
 
 
 class NoCoordinator(RendezvousError):
@@ -73,17 +77,20 @@ class Member:
         for child in self._children.values():
             await child.kill()
 
-    async def run(self, seconds: float) -> None:
+    async def run(self) -> None:
         """Until the coordinator says that it is over. Raises NoCoordinator when it is not there in time."""
         starting = {name: asyncio.create_task(child.start(START)) for name, child in self._children.items()}
         try:
-            channel = await self._join(seconds)
+            channel = await self._join()
         except BaseException:
             for task in starting.values():
                 task.cancel()
             await asyncio.gather(*starting.values(), return_exceptions=True)
             raise
         try:
+            if channel is None:
+                say(f"preflight: rank {self._rank} came when it was over")
+                return
             for name, started in starting.items():
                 self._do(self._tell_ready(channel, name, started))
             while True:
@@ -105,7 +112,8 @@ class Member:
         finally:
             for task in starting.values():
                 task.cancel()
-            await channel.close()
+            if channel is not None:
+                await channel.close()
 
     def _do(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -143,11 +151,14 @@ class Member:
         rates = [rate for name in probe.devices if (rate := link_gbs([name], hcas)) is not None]
         return {**told, "devices": list(probe.devices), "link_gbs": max(rates, default=None)}
 
-    async def _join(self, seconds: float) -> Channel:
+    async def _join(self) -> Channel | None:
+        """None when it is over already."""
         loop = asyncio.get_running_loop()
-        end, delay = loop.time() + seconds, 0.05
+        end, delay = loop.time() + START, 0.05
         why = "nobody answers"
         while loop.time() < end:
+            if is_over(self._inputs.run, self._inputs.attempt):
+                return None
             for address, port in self._candidates():
                 try:
                     channel = await self._introduce(address, port, end - loop.time())

@@ -6,7 +6,7 @@ import asyncio
 import signal
 from contextlib import suppress
 
-from ...errors import HpcserveError, KVPathError
+from ...errors import HpcserveError, KVPathError, StorageError
 from ...rundir.atomic import write_json
 from ..console import say, warn
 from ..discovery.facts import Roster, wait_for_roster
@@ -14,7 +14,8 @@ from ..inputs import Inputs
 from ..journal import Journal, open_journal
 from ..ports import listen
 from ..rank import rank_of
-from .coordinator import JOIN, Coordinator
+from .coordinator import Coordinator
+from .ending import tell_over
 from .member import Member, NoCoordinator, port_range
 from .probes import probes_on
 from .records import Outcome
@@ -31,17 +32,30 @@ def run_preflight(inputs: Inputs) -> int:
     Raises KVPathError (exit status 6) on rank 0 when no prefill node reaches any decode node. Whatever else
     is wrong is a warning (exit status 1), and the job goes on.
     """
+    rank, status = None, 1
     try:
         rank = rank_of(inputs.environ)
         if rank == 0:
             inputs.run.preflight.unlink(missing_ok=True)
-        return asyncio.run(_run(inputs, rank))
-    except KVPathError:
+        status = asyncio.run(_run(inputs, rank))
+    except KVPathError as error:
+        status = error.exit_code
         raise
     except HpcserveError as error:
         # Should the engines need what is missing here, they say so themselves.
         warn(f"no KV preflight: {error.message}", error.hint)
-        return 1
+    finally:
+        if rank == 0:
+            _tell_over(inputs, status)
+    return status
+
+
+def _tell_over(inputs: Inputs, status: int) -> None:
+    try:
+        tell_over(inputs.run, inputs.attempt, status)
+    except StorageError as error:
+        # The job script then has Slurm's status of the step, which mostly is the same.
+        warn(f"the end of the preflight is not told: {error.message}", error.hint)
 
 
 async def _run(inputs: Inputs, rank: int) -> int:
@@ -52,7 +66,7 @@ async def _run(inputs: Inputs, rank: int) -> int:
     for number in _SIGNALS:
         loop.add_signal_handler(number, told.set)
     async with Member(inputs, roster, rank, placed) as member:
-        mine = asyncio.create_task(member.run(JOIN))
+        mine = asyncio.create_task(member.run())
         if rank == 0:
             return await _coordinate(inputs, roster, mine, told)
         await _first(mine, told)

@@ -45,10 +45,12 @@ def judge(outcome: Outcome) -> Verdict:
     failed = [pair for pair in outcome.pairs if pair.broken is not None]
     whole = [pair for pair in outcome.pairs if pair.broken is None]
     findings = [*_broken(outcome)]
-    if failed and not whole:
-        return Verdict(findings=tuple(findings), fatal=_fatal(failed))
     reasons = list(outcome.broken.values())
-    if reasons and not whole and all(broken.cause == "backend" for broken in reasons):
+    # A node that was late, or whose process died, may be one that works.
+    certain = all(broken.cause == "backend" for broken in reasons)
+    if not whole and certain and failed:
+        return Verdict(findings=tuple(findings), fatal=_fatal(failed, outcome.unmeasured))
+    if not whole and certain and reasons:
         return Verdict(findings=tuple(findings), fatal=_no_device(reasons[0]))
     findings += _failed(failed, outcome.pairs)
     findings += _slow(whole)
@@ -80,10 +82,12 @@ def _broken(outcome: Outcome) -> Iterable[Finding]:
 # Pairs that failed.
 
 
-def _fatal(failed: Sequence[Pair]) -> Finding:
+def _fatal(failed: Sequence[Pair], unmeasured: int) -> Finding:
     first = failed[0]
     assert first.broken is not None
     count = f"all {len(failed)} pairs failed" if len(failed) > 1 else "the only pair failed"
+    if unmeasured:
+        count += f" of those that could be tried ({unmeasured} could not)"
     return Finding(
         message=f"no prefill node reaches any decode node by NIXL: {count};"
         f" {first.name} over {_over(_allowed(first))}: {first.broken.message}",
@@ -103,6 +107,7 @@ def _no_device(broken: Broken) -> Finding:
 
 def _failed(failed: Sequence[Pair], measured: Sequence[Pair]) -> list[Finding]:
     blame = _blame(failed, measured)
+    works = len(failed) < len(measured)
     findings = []
     for node, devices, pairs in _by_node(blame.probes, failed):
         broken = pairs[0].broken
@@ -117,11 +122,14 @@ def _failed(failed: Sequence[Pair], measured: Sequence[Pair]) -> list[Finding]:
         )
     for pair in blame.pairs:
         assert pair.broken is not None
+        others = ", and does with others" if works else ""
         findings.append(
             Finding(
                 message=f"KV can't move between {pair.prefill.node} and {pair.decode.node} over"
-                f" {_over(_allowed(pair))}, and does with others: {pair.broken.message}",
-                hint="look at the switches and routes between the two; their replicas serve with others",
+                f" {_over(_allowed(pair))}{others}: {pair.broken.message}",
+                hint="look at the switches and routes between the two; their replicas serve with others"
+                if works
+                else f"nothing else could be measured, so this may be all pairs; {_look(_allowed(pair))}",
                 failed=True,
             )
         )

@@ -15,6 +15,8 @@ from hpcserve.node.inputs import Inputs
 from hpcserve.node.ports import PortRange, listen
 from hpcserve.node.preflight import coordinator as module
 from hpcserve.node.preflight.coordinator import Coordinator
+from hpcserve.node.preflight.ending import is_over, tell_over
+from hpcserve.node.preflight.member import Member
 from hpcserve.node.preflight.records import Outcome, Probe, to_json
 from tests.node.runs import make_plan, make_run
 
@@ -72,10 +74,7 @@ class Unreached(Made):
         return {"answer": {"came": True}}
 
 
-def measure(root: Path, ranks: int, members: Sequence[Made], leave: Sequence[Made] = ()) -> Outcome:
-    """`leave` are members that do not end by themselves."""
-    run = make_run(root / "run", make_plan(ranks))
-    inputs = Inputs(run=run, plan=make_plan(ranks), job_key="job-secret", attempt="local.0", environ={})
+def roster_of(ranks: int) -> Roster:
     facts = [
         RankFacts(
             rank=rank,
@@ -87,7 +86,14 @@ def measure(root: Path, ranks: int, members: Sequence[Made], leave: Sequence[Mad
         )
         for rank in range(ranks)
     ]
-    roster = Roster(transport="tcp", attempt="local.0", seconds=0.1, ranks=tuple(facts))
+    return Roster(transport="tcp", attempt="local.0", seconds=0.1, ranks=tuple(facts))
+
+
+def measure(root: Path, ranks: int, members: Sequence[Made], leave: Sequence[Made] = ()) -> Outcome:
+    """`leave` are members that do not end by themselves."""
+    run = make_run(root / "run", make_plan(ranks))
+    inputs = Inputs(run=run, plan=make_plan(ranks), job_key="job-secret", attempt="local.0", environ={})
+    roster = roster_of(ranks)
 
     async def together() -> Outcome:
         coordinator = Coordinator(inputs, roster)
@@ -105,6 +111,17 @@ def measure(root: Path, ranks: int, members: Sequence[Made], leave: Sequence[Mad
             await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     return asyncio.run(together())
+
+
+def test_a_node_that_comes_when_all_is_over_leaves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_plan(2))
+    inputs = Inputs(run=run, plan=make_plan(2), job_key="job-secret", attempt="local.0", environ={})
+    roster = roster_of(2)
+    tell_over(run, "local.1", 0)
+    assert not is_over(run, inputs.attempt), "that was another start of the job"
+    tell_over(run, inputs.attempt, 6)
+    member = Member(inputs, roster, 1, ())
+    asyncio.run(member.run())
 
 
 def one_prefill(decodes: int) -> list[Made]:
@@ -171,6 +188,47 @@ def test_when_time_is_up_every_node_was_measured_once_and_the_rest_is_counted(
     assert {end.node for pair in outcome.pairs for end in (pair.prefill, pair.decode)} == {
         f"n{rank}" for rank in range(6)
     }
+
+
+def test_while_nothing_works_other_pairs_are_tried_after_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """n0 and n3 are cut off, and not each other's first partners: only n1 with n2 works."""
+    monkeypatch.setattr(module, "LIMIT", -1.0)
+
+    cut = {"0.0", "3.0"}
+
+    class Reaches(Made):
+        def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+            if command["ask"] == "measure" and {command["peer"], self.probes[0].name} & cut:
+                return {"broken": {"cause": "timeout", "message": "nothing came"}}
+            return super().answer(command)
+
+    members = [Reaches(rank, probe(rank, "prefill")) for rank in range(2)]
+    members += [Reaches(rank, probe(rank, "decode")) for rank in (2, 3)]
+    outcome = measure(tmp_path, 4, members)
+    assert [(p.prefill.node, p.decode.node) for p in outcome.pairs if p.broken is None] == [("n1", "n2")]
+
+
+def test_rank_0_is_done_in_time_whatever_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PREFLIGHT_TIMEOUT", 0.5)
+
+    class Slow(Made):
+        """Its processes never get as far as saying that they are ready."""
+
+        async def run(self, port: int, key: bytes = b"job-secret") -> None:
+            channel = await connect("127.0.0.1", port, key=key, attempt="local.0", seconds=10)
+            assert channel is not None
+            probes = [to_json(one) for one in self.probes]
+            await channel.send({"rank": self.rank, "node": f"n{self.rank}", "probes": probes})
+            await channel.receive()
+            await channel.receive()
+            await channel.close()
+
+    outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), Slow(1, probe(1, "decode"))])
+    assert (outcome.pairs, outcome.unmeasured, outcome.cut_short) == ((), 1, False)
 
 
 def test_what_looks_slow_is_measured_again(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_every_pair_gets_figures_over_the_transport_of_model_yaml(tmp_path: Path
             assert pair["latency_us"] > 0
             assert pair["prefill"]["env"] == {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
         assert (step.event()["pairs"], step.event()["failed"]) == (2, 0)
+        assert (step.run.path / "rendezvous" / "preflight-over").read_text() == "local.0 0\n"
         assert "KV preflight: 2 pairs measured by NIXL" in step.log()
         assert "job-secret" not in step.log() + step.log(1) + step.run.preflight.read_text()
         assert probes_of(step) == []
@@ -79,6 +80,8 @@ def test_a_backend_that_is_silently_left_out_is_noticed_and_ends_the_job(tmp_pat
         assert step.finish() == [6, 0], step.log()
         [failed] = events(step.run, "failed")
         assert failed["exit_code"] == 6 and "NIXL has no UCX backend here" in failed["message"]
+        # The job script goes by this, and not by what became of other tasks.
+        assert (step.run.path / "rendezvous" / "preflight-over").read_text() == "local.0 6\n"
 
 
 def test_a_transfer_that_says_done_without_bytes_is_a_failure(tmp_path: Path) -> None:

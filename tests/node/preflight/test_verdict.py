@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from hpcserve.node.preflight.records import Broken, Pair
@@ -116,6 +117,20 @@ def test_when_no_pair_passes_the_job_has_nothing_to_serve() -> None:
     assert verdict.fatal.message.startswith(
         "no prefill node reaches any decode node by NIXL: all 4 pairs failed; n1 → n3 over mlx5_0:1"
     )
+
+
+def test_a_node_that_could_not_be_measured_may_be_the_one_that_works() -> None:
+    late = Broken(cause="silent", message="n2 did not come to the preflight within 60 s")
+    verdict = judge(outcome(pair(P[0], D[0], None), n2=late))
+    assert verdict.fatal is None
+    told = verdict.findings[-1]
+    assert told.failed and told.message == "KV can't move between n1 and n3 over mlx5_0:1: nothing came"
+    assert "so this may be all pairs" in told.hint
+    # Of one without the device it is known that it does not.
+    without = Broken(cause="backend", message="NIXL could not start UCX on mlx5_9:1: NIXL_ERR_BACKEND")
+    found = judge(replace(outcome(pair(P[0], D[0], None), n2=without), unmeasured=1)).fatal
+    assert found is not None
+    assert "the only pair failed of those that could be tried (1 could not)" in found.message
 
 
 def test_a_missing_nixl_is_one_warning_for_all_nodes_and_ends_nothing() -> None:
