@@ -259,6 +259,20 @@ def test_a_directory_of_kv_blocks_that_no_variable_names(world: World) -> None:
     assert "`storage.kv` of site mine: '$NOWHERE/kv' is not an absolute path" in refused.err
 
 
+@pytest.mark.parametrize(("decode", "told"), [(3, True), (2, False)])
+def test_a_segment_that_cannot_be_kept_is_told(world: World, decode: int, told: bool) -> None:
+    world.site("mine", "extends: test-cluster\nslurm: {segment: true}\nnode: {nvlink_domain_nodes: 2}\n")
+    world.model.write_text(
+        "model: org/tiny\nengine: vllm\ndevice: cpu\nprefill: {nodes: 2, tensor_parallel: 2}\n"
+        f"decode: {{nodes: {decode}, data_parallel: {decode}}}\n"
+    )
+    answer = world("launch", f"--nodes={2 + decode}", "--site=mine", "--no-wait", "model.yaml")
+    assert answer.status == 0, answer.err
+    assert ("warning: `slurm.segment` can't be kept: no division of 5 nodes" in answer.err) == told
+    [script] = world.runs.glob("*/job.sh")
+    assert ("--segment=2" in script.read_text()) != told
+
+
 def test_output_has_no_colour_codes_off_a_terminal(world: World) -> None:
     assert "\x1b" not in world("lunch").err
 
