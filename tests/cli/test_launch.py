@@ -261,7 +261,10 @@ def test_a_directory_of_kv_blocks_that_no_variable_names(world: World) -> None:
 
 @pytest.mark.parametrize(("decode", "told"), [(3, True), (2, False)])
 def test_a_segment_that_cannot_be_kept_is_told(world: World, decode: int, told: bool) -> None:
-    world.site("mine", "extends: test-cluster\nslurm: {segment: true}\nnode: {nvlink_domain_nodes: 2}\n")
+    world.site(
+        "mine",
+        "extends: test-cluster\nslurm: {segment: true, max_nodes: 8}\nnode: {nvlink_domain_nodes: 2}\n",
+    )
     world.model.write_text(
         "model: org/tiny\nengine: vllm\ndevice: cpu\nprefill: {nodes: 2, tensor_parallel: 2}\n"
         f"decode: {{nodes: {decode}, data_parallel: {decode}}}\n"
