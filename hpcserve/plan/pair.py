@@ -44,9 +44,11 @@ def check_pair(engine: str, shapes: dict[Role, Shape], facts: ModelFacts | None)
             "but for KV transfer one must divide the other",
             hint=f"set both to {large}, or one to a multiple of the other",
         )
-    heads = facts.num_key_value_heads if facts is not None and not facts.kv_latent else None
+    # Not of models with states or latent vectors.
+    alike = facts is not None and facts.kv_values is not None and not facts.kv_latent
+    heads = facts.num_key_value_heads if facts is not None and alike else None
     if heads and prefill.tensor > max(heads, decode.tensor) and not able.narrows_repeated_heads:
-        # The same: two of prefill's GPUs have the same head.
+        # The same function: two of prefill's GPUs have the same head.
         raise PlanError(
             f"prefill.tensor_parallel is {prefill.tensor} and decode.tensor_parallel {decode.tensor}, but "
             f"the model has {heads} KV heads, and {able.title}'s NIXL connector can't read from more GPUs "

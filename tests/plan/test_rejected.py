@@ -4,6 +4,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -201,7 +202,8 @@ CASES = [
     ),
     Case(
         "decode on fewer GPUs than the KV heads that prefill repeats",
-        model(prefill=tp(16), decode=tp(8)), site(), {"nodes": 3, "facts": LLAMA_70B},
+        model(prefill=tp(16), decode=tp(8)), site(),
+        {"nodes": 3, "facts": replace(LLAMA_70B, kv_values=2048)},
         "prefill.tensor_parallel is 16 and decode.tensor_parallel 8, but the model has 8 KV heads, and vLLM's "
         "NIXL connector can't read from more GPUs than that into fewer",
         "set `prefill.tensor_parallel` to 8 or less, or both to 16",
