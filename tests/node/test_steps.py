@@ -176,6 +176,7 @@ def test_the_command_runs_in_the_first_task_with_the_key_that_no_other_has(
     }
     words = (scratch / "srun.argv").read_text().splitlines()
     assert {"--overlap", "--nodelist=n1,n2", "--ntasks=2", "--ntasks-per-node=1", "--mpi=pmix"} <= set(words)
+    assert {"--kill-on-bad-exit=1", "--wait=30"} <= set(words), "srun would wait for a hanging rank"
     assert words[-2:] == ["-m", MODULE]
 
 
