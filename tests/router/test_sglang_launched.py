@@ -62,7 +62,7 @@ def run(
         tmp_path_factory.mktemp("run"), MODEL.format(model=weights, sglang=SGLANG), nodes=3
     )
     try:
-        launched.start(seconds=1200)
+        launched.start(seconds=1300)  # later than it gives up itself
         yield launched
     finally:
         launched.stop()
