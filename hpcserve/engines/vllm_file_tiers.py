@@ -85,7 +85,7 @@ class SharedFiles(SecondaryTierManager):
         self._files = KvFiles(
             directory,
             re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(config.model.name)))[:64],
-            {"settings": settings, "weights": fingerprint(_weights(config.model.name, revision))}
+            {"settings": settings, "weights": fingerprint(config.model.name, revision)}
             | _layout(offloading_spec),
             self.block_size_bytes,
         )
@@ -316,15 +316,3 @@ def _layout(spec: Any) -> dict[str, Any]:
         "one_copy": spec.replicated_layout,
         "groups": groups,
     }
-
-
-def _weights(model: str, revision: str | None) -> str:
-    """Directory of a model's files. Raises FileNotFoundError for one of the Hub that is in no cache here."""
-    if os.path.isdir(model):
-        return model
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
-    if not isinstance(found, str):
-        raise FileNotFoundError(errno.ENOENT, "not in the cache of the Hugging Face hub", model)
-    return os.path.dirname(found)
