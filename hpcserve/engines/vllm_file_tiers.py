@@ -144,7 +144,11 @@ class SharedFiles(SecondaryTierManager):
         except OSError as error:
             if error.errno in _FULL:
                 self._allowance.stop()
-            if not isinstance(error, FileNotFoundError):
+                # Not in the system's words: an engine that dies after these is taken for one that died of them.
+                self._warned.of(
+                    "full", "no room or quota left in `storage.kv`: no KV blocks go there for a while"
+                )
+            elif not isinstance(error, FileNotFoundError):
                 self._warned.of(str(error.errno), f"KV blocks in files: {error}")
             return
         if moved is not None:
