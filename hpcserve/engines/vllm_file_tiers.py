@@ -144,7 +144,7 @@ class SharedFiles(SecondaryTierManager):
         except OSError as error:
             if error.errno in _FULL:
                 self._allowance.stop()
-                # Not in the system's words: an engine that dies after these is taken for one that died of them.
+                # Not in the system's words: an engine that dies later would be taken for one that died of it.
                 self._warned.of(
                     "full", "no room or quota left in `storage.kv`: no KV blocks go there for a while"
                 )
