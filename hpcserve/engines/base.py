@@ -78,7 +78,8 @@ class Failure:
     """What an engine's log says about its death."""
 
     cause: str
-    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `disk-full`, `mpi`, `nixl`, `unknown`."""
+    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `kv-directory`, `disk-full`, `mpi`, `nixl`,
+    `unknown`."""
     message: str
     hint: str
     retry: bool

@@ -42,6 +42,12 @@ CAUSES: tuple[Cause, ...] = (
         retry=True,
     ),
     _cause(
+        "kv-directory",
+        r"hpcserve\.errors\.StorageError: |so KV blocks have no name",
+        "set `storage.kv` of the site to a directory of yours alone, on a file system that all nodes share; "
+        "or leave `kv_offload.shared_gib` out",
+    ),
+    _cause(
         "disk-full",
         r"no space left on device|ENOSPC|errno 28\b|disk quota exceeded|errno 122\b",
         "free space on that file system, or point `storage.node_local` of the site at another",

@@ -117,13 +117,17 @@ def _check_owner(path: str) -> None:
         )
 
 
-def fingerprint(model: str) -> str:
-    """Tells the weights in a directory from others that were there before, by what the file system says.
+def fingerprint(model: str, revision: str | None = None) -> str:
+    """Tells a model's weights from others that were in the same place, by what the file system says of them.
 
-    Raises OSError. The same for a staged copy, which has its files' times.
+    `model` is a directory, a file, or an id of the Hub whose files are in the cache here. The same for a
+    staged copy, which has its files' times. Raises OSError.
     """
+    if os.path.isfile(model):
+        status = os.stat(model)
+        return _digest([status.st_size, status.st_mtime_ns]).hex()
     found = []
-    with os.scandir(model) as entries:
+    with os.scandir(model if os.path.isdir(model) else _cached(model, revision)) as entries:
         for entry in entries:
             if entry.name.startswith(".") or not entry.is_file():
                 continue
@@ -132,6 +136,22 @@ def fingerprint(model: str) -> str:
     weights = [each for each in found if each[0].endswith(".safetensors")]
     more = [each for each in found if each[0].endswith((".json", ".py"))]
     return _digest(sorted(weights + more if weights else found)).hex()
+
+
+def _cached(model: str, revision: str | None) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # no id
+        found = None
+    if not isinstance(found, str):
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "neither a path nor in the cache of the Hugging Face hub, so KV blocks have no name",
+            model,
+        )
+    return os.path.dirname(found)
 
 
 def _digest(what: Any) -> bytes:

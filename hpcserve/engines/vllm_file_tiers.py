@@ -85,7 +85,7 @@ class SharedFiles(SecondaryTierManager):
         self._files = KvFiles(
             directory,
             re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.normpath(config.model.name)))[:64],
-            {"settings": settings, "weights": fingerprint(_weights(config.model.name, revision))}
+            {"settings": settings, "weights": fingerprint(config.model.name, revision)}
             | _layout(offloading_spec),
             self.block_size_bytes,
         )
@@ -144,7 +144,11 @@ class SharedFiles(SecondaryTierManager):
         except OSError as error:
             if error.errno in _FULL:
                 self._allowance.stop()
-            if not isinstance(error, FileNotFoundError):
+                # Not in the system's words: an engine that dies later would be taken for one that died of it.
+                self._warned.of(
+                    "full", "no room or quota left in `storage.kv`: no KV blocks go there for a while"
+                )
+            elif not isinstance(error, FileNotFoundError):
                 self._warned.of(str(error.errno), f"KV blocks in files: {error}")
             return
         if moved is not None:
@@ -316,15 +320,3 @@ def _layout(spec: Any) -> dict[str, Any]:
         "one_copy": spec.replicated_layout,
         "groups": groups,
     }
-
-
-def _weights(model: str, revision: str | None) -> str:
-    """Directory of a model's files. Raises FileNotFoundError for one of the Hub that is in no cache here."""
-    if os.path.isdir(model):
-        return model
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
-    if not isinstance(found, str):
-        raise FileNotFoundError(errno.ENOENT, "not in the cache of the Hugging Face hub", model)
-    return os.path.dirname(found)

@@ -232,3 +232,29 @@ def test_weights_that_are_replaced_have_another_fingerprint(tmp_path: Path) -> N
     assert fingerprint(str(tmp_path / "copy")) == was
     os.utime(tmp_path / "model.safetensors", (1, 1))
     assert fingerprint(str(tmp_path)) != was
+    file = tmp_path / "model.gguf"
+    file.write_text("x")
+    was = fingerprint(str(file))
+    file.write_text("xy")
+    assert fingerprint(str(file)) != was
+
+
+def test_weights_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="in the cache of the Hugging Face hub"):
+        fingerprint("org/tiny")
+    with pytest.raises(FileNotFoundError, match="in the cache of the Hugging Face hub"):
+        fingerprint("/models/gone")
+    model = tmp_path / "models--org--tiny"
+    for commit in ("aaa", "bbb"):
+        (model / "snapshots" / commit).mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (model / "snapshots" / commit / name).write_text(commit + name)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("aaa")
+    (model / "refs/other").write_text("bbb")
+    assert fingerprint("org/tiny") == fingerprint(str(model / "snapshots/aaa"))
+    assert fingerprint("org/tiny", "other") == fingerprint(str(model / "snapshots/bbb"))
+    assert fingerprint("org/tiny") != fingerprint("org/tiny", "other")

@@ -67,9 +67,10 @@ class SharedKv:
 
     def _look(self, tier: SharedTier) -> None:
         try:
-            for path in unfinished(tier.directory, _DEAD):
-                with may_be_gone():
-                    os.unlink(path)
+            if not self._looks:
+                for path in unfinished(tier.directory, _DEAD):
+                    with may_be_gone():
+                        os.unlink(path)
             # What is allowed now must find room as well.
             trim(DiskTier(directory=tier.directory, size=int(ROOM * tier.size)))
             room = min((1 - ROOM) * tier.size, _MOST_OF_FREE * free_bytes(tier.directory))
