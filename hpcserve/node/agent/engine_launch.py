@@ -131,7 +131,7 @@ class EngineLauncher:
             argv = contained_argv(
                 self.plan, self.run_dir, argv, scratch=str(self.scratch), environ=self.environ
             )
-            environment = contained_environment(self.plan, environment, command.env)
+            environment = contained_environment(self.plan, environment, command.env, outside=self.environ)
         process, pump = self._spawn(argv, environment, on_line)
         return RunningEngine(process, url=url, ports=ports, pump=pump)
 
