@@ -65,6 +65,19 @@ class Made:
         return {"answer": FIGURE if command["ask"] == "measure" else {"came": True}}
 
 
+class NeverReady(Made):
+    """It comes, and is never heard of again."""
+
+    async def run(self, port: int, key: bytes = b"job-secret") -> None:
+        channel = await connect("127.0.0.1", port, key=key, attempt="local.0", seconds=10)
+        assert channel is not None
+        probes = [to_json(one) for one in self.probes]
+        await channel.send({"rank": self.rank, "node": f"n{self.rank}", "probes": probes})
+        await channel.receive()
+        await channel.receive()
+        await channel.close()
+
+
 class Unreached(Made):
     """Its reads and writes fail."""
 
@@ -214,21 +227,24 @@ def test_rank_0_is_done_in_time_whatever_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PREFLIGHT_TIMEOUT", 0.5)
-
-    class Slow(Made):
-        """Its processes never get as far as saying that they are ready."""
-
-        async def run(self, port: int, key: bytes = b"job-secret") -> None:
-            channel = await connect("127.0.0.1", port, key=key, attempt="local.0", seconds=10)
-            assert channel is not None
-            probes = [to_json(one) for one in self.probes]
-            await channel.send({"rank": self.rank, "node": f"n{self.rank}", "probes": probes})
-            await channel.receive()
-            await channel.receive()
-            await channel.close()
-
-    outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), Slow(1, probe(1, "decode"))])
+    outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), NeverReady(1, probe(1, "decode"))])
     assert (outcome.pairs, outcome.unmeasured, outcome.cut_short) == ((), 1, False)
+
+
+def test_a_node_that_hangs_before_nixl_is_ready_is_named_and_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without an end to the waiting, this test would not end in time.
+    until = Coordinator._until
+
+    async def impatient(self: Coordinator, condition: Any, seconds: float) -> None:
+        await until(self, condition, 1.0 if seconds > module.JOIN else seconds)
+
+    monkeypatch.setattr(Coordinator, "_until", impatient)
+    outcome = measure(tmp_path, 3, [*one_prefill(1), NeverReady(2, probe(2, "decode"))])
+    assert [pair.decode.node for pair in outcome.pairs] == ["n1"]
+    assert outcome.broken["n2"].cause == "silent"
+    assert "n2 did not say within" in outcome.broken["n2"].message
 
 
 def test_what_looks_slow_is_measured_again(tmp_path: Path) -> None:
