@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ..console import say
 from ..process import signal_group
 from .command import Command
 from .records import Broken, Memory, Probe
@@ -25,6 +26,15 @@ class ProbeFailed(Exception):
     def __init__(self, broken: Broken) -> None:
         super().__init__(broken.message)
         self.broken = broken
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for what is no answer."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 class Child:
@@ -73,11 +83,13 @@ class Child:
 
     async def _answer(self, seconds: float, late: str) -> dict[str, Any]:
         # Whoever kills it meanwhile forgets it.
-        process = self._process
+        process, answer = self._process, None
         assert process is not None and process.stdout is not None
         try:
             async with asyncio.timeout(seconds):
-                line = await process.stdout.readline()
+                while (line := await process.stdout.readline()) and (answer := _parsed(line)) is None:
+                    # A container's runtime, or what its image starts with, may speak there too.
+                    say(line.decode(errors="replace").rstrip())
                 if not line:
                     await process.wait()
         except TimeoutError:
@@ -88,9 +100,8 @@ class Child:
                     hint="is the file system with the Python environment slow there, or a device in trouble?",
                 )
             ) from None
-        if not line:
+        if answer is None:
             raise ProbeFailed(self._death(process))
-        answer: dict[str, Any] = json.loads(line)
         if "broken" in answer:
             raise ProbeFailed(msgspec.convert(answer["broken"], Broken))
         return answer

@@ -70,6 +70,7 @@ def container_runtime(root: Path) -> Path:
     program.write_text(
         f"""#!/bin/bash
 echo "$*" >>{root}/called
+echo 'WARNING: a runtime, or an image, may say something'
 until [ "$1" = /i.sif ]; do
   case $1 in --bind=*:/opt/hpcserve-package/hpcserve:ro) package=${{1#--bind=}} ;; esac
   shift

@@ -120,8 +120,16 @@ def test_where_engines_have_a_container_of_their_own_the_transfers_are_in_it(tmp
         [pair] = step.document["pairs"]
         assert pair["error"] is None and pair["slowest_gbs"] > 0
         assert step.warnings() == []
+        assert "WARNING: a runtime" in step.log(1)
     called = (tmp_path / "called").read_text().splitlines()
     assert len(called) == 2 and all(line.startswith("exec --bind=") for line in called)
+
+
+def test_a_runtime_that_starts_nothing_is_named_for_it(tmp_path: Path) -> None:
+    says = ("bash", "-c", "echo Error: unknown flag; exit 1")
+    child = Child(probe(0), Command(argv=says, environ={"PATH": os.environ["PATH"]}, contained=True), "cpu")
+    with pytest.raises(ProbeFailed, match="n0 ended with status 1"):
+        asyncio.run(child.start(600))
 
 
 def test_a_container_is_ended_with_what_runs_in_it(tmp_path: Path) -> None:
