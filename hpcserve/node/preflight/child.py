@@ -119,7 +119,7 @@ class Child:
 
     @property
     def _node(self) -> str:
-        return self.probe.node
+        return self.probe.label
 
     async def kill(self) -> None:
         """End the process, whatever it does."""

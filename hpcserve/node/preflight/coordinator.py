@@ -89,6 +89,7 @@ class Coordinator:
         self._pairs: list[Pair] = []
         self._broken: dict[str, Broken] = {}
         self._planned = 0
+        self._nvlink = False
         self._starting = 0.0
 
     # Nodes that come.
@@ -186,6 +187,7 @@ class Coordinator:
         everybody = [probe for node in self._nodes.values() for probe in node.probes]
         plan = rounds(everybody)
         self._planned = sum(len(one.pairs) for one in plan)
+        self._nvlink = any(prefill.nvlink and decode.nvlink for one in plan for prefill, decode in one.pairs)
         await self._all_ready(everybody)
         began = time.monotonic()
         self._starting = began - self._began
@@ -216,7 +218,7 @@ class Coordinator:
             seconds=round(time.monotonic() - self._began, 3),
             starting=round(self._starting, 3),
             cut_short=cut_short,
-            nvlink=any(probe.nvlink for node in self._nodes.values() for probe in node.probes),
+            nvlink=self._nvlink,
         )
 
     async def dismiss(self) -> None:

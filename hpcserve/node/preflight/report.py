@@ -11,7 +11,7 @@ from .verdict import Verdict, rate
 _ROWS = 64
 """Pairs in the table; preflight.json has all of them."""
 _NODES = 8
-"""Nodes of one kind that are named."""
+"""Nodes that are named in one line."""
 _NVLINK = "(KV: NVLink)"
 _HEADER = ("PREFILL", "DECODE", "TO DECODE", "BACK", "LATENCY", "LINK", "PART", "TRANSPORT")
 
@@ -48,7 +48,7 @@ def _title(outcome: Outcome) -> Iterator[str]:
         alike.setdefault(devices, []).append(node)
     for devices, nodes in alike.items():
         names = f"{', '.join(nodes[:_NODES])}{' …' if len(nodes) > _NODES else ''}"
-        yield f"Not measured on {names}: {', '.join(devices)}. They are allowed, and UCX used others"
+        yield f"Not measured on {names}, though engines may use it: {', '.join(devices)}"
 
 
 def unused_devices(outcome: Outcome) -> dict[str, tuple[str, ...]]:

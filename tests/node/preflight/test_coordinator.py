@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,15 @@ def test_a_node_that_never_comes_is_named_and_its_pairs_are_left_out(
     assert [pair.decode.node for pair in outcome.pairs] == ["n1"]
     assert outcome.broken["n2"].cause == "silent"
     assert "n2 did not come" in outcome.broken["n2"].message
+
+
+def test_whether_any_kv_goes_over_nvlink_is_known_of_both_ends(tmp_path: Path) -> None:
+    def members(decode: bool) -> list[Made]:
+        ends = replace(probe(0, "prefill"), nvlink=True), replace(probe(1, "decode"), nvlink=decode)
+        return [Made(rank, end) for rank, end in enumerate(ends)]
+
+    assert measure(tmp_path, 2, members(decode=True)).nvlink
+    assert not measure(tmp_path, 2, members(decode=False)).nvlink
 
 
 def test_a_stranger_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
