@@ -250,6 +250,8 @@ def _links(progress: Progress) -> Rung:
         text += f", {failed} failed"
     if event.get("unmeasured"):
         text += f", {event['unmeasured']} not measured"
+    if event.get("over_nvlink"):
+        text += f", {event['over_nvlink']} over NVLink, which is not measured"
     if slowest:
         text += f", slowest {slowest['prefill']} → {slowest['decode']} {float(slowest['gbs']):.3g} GB/s"
         if slowest.get("ratio") is not None:

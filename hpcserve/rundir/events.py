@@ -5,7 +5,7 @@ One line is one event: {"t": unix seconds, "event": name, …}. Names and their 
     job-started     node, slurm_job_id, end_time           the head node's script runs
     rank-joined     rank, node                             seen in ranks/
     rendezvous      transport, ranks, seconds              the roster is complete
-    preflight       pairs, failed, unmeasured, seconds, starting, slowest
+    preflight       pairs, failed, over_nvlink, unmeasured, seconds, starting, slowest
                                                            what NIXL moved before any model was loaded
     staging         bytes, total, rate                     of the node that has least; rate in bytes/s
     staged          path, bytes, seconds, read, nodes, reused

@@ -64,9 +64,18 @@ def test_apptainer_keeps_its_libraries_and_the_engine_gets_those_that_are_meant(
     assert found.get("SINGULARITYENV_LD_LIBRARY_PATH") == inside
 
 
-@pytest.mark.parametrize("module", ["vllm_guard", "sglang_server", "tensorrt_llm_server", "key_guard"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "engines.vllm_guard",
+        "engines.sglang_server",
+        "engines.tensorrt_llm_server",
+        "engines.key_guard",
+        "node.preflight.probe",
+    ],
+)
 def test_what_engines_load_from_the_package_needs_the_standard_library_alone(module: str) -> None:
     """-S: without site-packages, as in an image without hpcserve."""
     package = Path(sys.modules["hpcserve"].__path__[0])
-    code = f"import sys; sys.path.insert(0, {str(package.parent)!r}); import hpcserve.engines.{module}"
+    code = f"import sys; sys.path.insert(0, {str(package.parent)!r}); import hpcserve.{module}"
     subprocess.run([sys.executable, "-S", "-c", code], check=True)

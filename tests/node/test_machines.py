@@ -352,8 +352,49 @@ def test_the_preflight_measures_with_what_the_engines_get(
     plan = replace(plan, model=replace(plan.model, engine="vllm"))
     for rank, each in enumerate(plan.replicas):
         [placed] = probes_on(plan, roster, rank, {})
-        engine = transfer_devices(plan, roster.ranks[rank], each, roster.ranks).env
-        assert placed.environ["UCX_CUDA_IPC_ENABLE_MNNVL"] == engine["UCX_CUDA_IPC_ENABLE_MNNVL"] == value
+        engine = dict(transfer_devices(plan, roster.ranks[rank], each, roster.ranks).env)
+        # But torch's memory never crosses NVLink: what is measured then is the network, and said to be.
+        assert engine.pop("UCX_CUDA_IPC_ENABLE_MNNVL") == value
+        assert placed.environ["UCX_CUDA_IPC_ENABLE_MNNVL"] == "n"
+        assert placed.probe.nvlink == (value == "y")
+        assert engine.items() <= placed.environ.items()
+
+
+def test_the_preflight_measures_each_rail_beside_a_gpu_of_its_own(tmp_path: Path) -> None:
+    machine = node(tmp_path, "dgx-h100")
+    ranks = tuple(machine.facts(rank=rank, node=f"n{rank}") for rank in range(2))
+    roster = Roster(transport="tcp", attempt="a", seconds=0.0, ranks=ranks)
+    plan = plan_of("dgx-h100", gpus=(4, 5, 6, 7))
+    placed = probes_on(plan, roster, 0, {})
+    assert [(entry.probe.gpu, entry.device) for entry in placed] == [
+        (4, "cuda:0"),
+        (5, "cuda:1"),
+        (6, "cuda:2"),
+        (7, "cuda:3"),
+    ]
+    assert [list(entry.probe.rail) for entry in placed] == [used(ranks[0], gpu) for gpu in (4, 5, 6, 7)]
+    # As in an engine, each is allowed all of them.
+    [allowed] = {entry.probe.devices for entry in placed}
+    assert sorted(allowed) == sorted(name for entry in placed for name in entry.probe.rail)
+    assert {entry.environ["CUDA_VISIBLE_DEVICES"].count(",") for entry in placed} == {3}
+    assert {entry.probe.group for entry in placed} == {0}
+    assert len({entry.probe.name for entry in placed}) == 4
+
+
+def test_gpus_that_share_their_ports_are_one_rail_for_the_preflight(tmp_path: Path) -> None:
+    """Four HCAs of a DGX A100 and eight GPUs: two of these have the same nearest ones."""
+    facts = node(tmp_path, "dgx-a100").facts()
+    roster = Roster(transport="tcp", attempt="a", seconds=0.0, ranks=(facts, replace(facts, rank=1)))
+    gpus = tuple(range(8))
+    plan = plan_of("dgx-a100", gpus=gpus)
+    rails = list(dict.fromkeys(tuple(used(facts, gpu)) for gpu in gpus))
+    assert 1 < len(rails) < 8
+    placed = probes_on(plan, roster, 0, {})
+    assert [entry.probe.rail for entry in placed] == rails
+    # Where model.yaml allows one port only, there is one rail.
+    one = replace(plan, model=replace(plan.model, env={"UCX_NET_DEVICES": rails[0][0]}))
+    [alone] = probes_on(one, roster, 0, {})
+    assert (alone.probe.gpu, alone.device, alone.probe.expected) == (None, "cuda:0", (rails[0][0],))
 
 
 def test_kv_blocks_do_not_cross_nvlink_between_domains(tmp_path: Path) -> None:

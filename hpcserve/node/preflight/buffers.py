@@ -20,7 +20,7 @@ def seed(name: str) -> int:
 class Buffers:
     """A source with a pattern, and a sink for what comes.
 
-    With torch, which every engine has; `where` is one of its devices, `cpu` or `cuda:0`.
+    With torch, which every engine has; `where` is one of its devices, such as `cpu` or `cuda:0`.
     """
 
     def __init__(self, pattern: int, where: str, size: int = SIZE) -> None:
@@ -28,6 +28,9 @@ class Buffers:
 
         self._torch: Any = torch
         self._where: Any = torch.device(where)
+        if self._where.type == "cuda":
+            # As an engine's worker does: NIXL and UCX take the context that is current.
+            torch.cuda.set_device(self._where)
         self.kind: Literal["DRAM", "VRAM"] = "VRAM" if self._where.type == "cuda" else "DRAM"
         self.device: int = self._where.index or 0
         self.size = size

@@ -6,21 +6,20 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from ..console import say
+from ..process import signal_group
+from .command import Command
 from .records import Broken, Memory, Probe
 
 MARGIN = 5.0
 """Seconds beyond a command's own deadline until a silent process counts as hanging."""
 _LINE = 1 << 20
-_ADDED = {"UCX_PROTO_INFO": "y", "NIXL_LOG_LEVEL": "WARN"}
-"""The tables that tell the transport, and no line per agent. What the site or model.yaml sets wins."""
 
 
 class ProbeFailed(Exception):
@@ -29,30 +28,44 @@ class ProbeFailed(Exception):
         self.broken = broken
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for what is no answer."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
 class Child:
     """One process at a time. Not for two commands at once."""
 
-    def __init__(self, probe: Probe, environ: Mapping[str, str], device: str) -> None:
+    def __init__(self, probe: Probe, command: Command, device: str) -> None:
         self.probe = probe
-        self._environ = {**_ADDED, **environ}
+        self._command = command
         self._device = device
         self._process: Process | None = None
 
     async def start(self, seconds: float) -> Memory:
         """A new process; the one before is killed. Raises ProbeFailed when it can't begin in `seconds`."""
         await self.kill()
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "hpcserve.node.preflight.probe",
-            self.probe.name,
-            self._device,
-            str(os.getpid()),
-            env=self._environ,
-            stdin=PIPE,
-            stdout=PIPE,
-            limit=_LINE,
-        )
+        # A container's runtime is the parent of what runs in it, and is not ended alone.
+        contained = self._command.contained
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command.argv,
+                self.probe.name,
+                self._device,
+                "0" if contained else str(os.getpid()),
+                env=self._command.environ,
+                start_new_session=contained,
+                stdin=PIPE,
+                stdout=PIPE,
+                limit=_LINE,
+            )
+        except OSError as error:
+            told = f"the preflight's process on {self._node} can't be started: {error}"
+            raise ProbeFailed(Broken(cause="died", message=told)) from error
         answer = await self._answer(seconds, f"did not have NIXL ready within {seconds:g} s")
         return msgspec.convert(answer["ready"], Memory)
 
@@ -69,12 +82,16 @@ class Child:
         return await self._answer(seconds + MARGIN, f"hung in NIXL for {seconds + MARGIN:g} s")
 
     async def _answer(self, seconds: float, late: str) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
+        # Whoever kills it meanwhile forgets it.
+        process, answer = self._process, None
+        assert process is not None and process.stdout is not None
         try:
             async with asyncio.timeout(seconds):
-                line = await self._process.stdout.readline()
+                while (line := await process.stdout.readline()) and (answer := _parsed(line)) is None:
+                    # A container's runtime, or what its image starts with, may speak there too.
+                    say(line.decode(errors="replace").rstrip())
                 if not line:
-                    await self._process.wait()
+                    await process.wait()
         except TimeoutError:
             raise ProbeFailed(
                 Broken(
@@ -83,15 +100,14 @@ class Child:
                     hint="is the file system with the Python environment slow there, or a device in trouble?",
                 )
             ) from None
-        if not line:
-            raise ProbeFailed(self._death())
-        answer: dict[str, Any] = json.loads(line)
+        if answer is None:
+            raise ProbeFailed(self._death(process))
         if "broken" in answer:
             raise ProbeFailed(msgspec.convert(answer["broken"], Broken))
         return answer
 
-    def _death(self) -> Broken:
-        status = self._process.returncode if self._process is not None else None
+    def _death(self, process: Process) -> Broken:
+        status = process.returncode
         how = f"with status {status}"
         if status is not None and status < 0:
             how = f"by {signal.Signals(-status).name}"
@@ -103,13 +119,16 @@ class Child:
 
     @property
     def _node(self) -> str:
-        return self.probe.node
+        return self.probe.label
 
     async def kill(self) -> None:
         """End the process, whatever it does."""
         process, self._process = self._process, None
         if process is None:
             return
-        with suppress(ProcessLookupError):
-            process.kill()
+        if self._command.contained:
+            signal_group(process.pid, signal.SIGKILL)
+        else:
+            with suppress(ProcessLookupError):
+                process.kill()
         await process.wait()

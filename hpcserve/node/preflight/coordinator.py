@@ -89,6 +89,7 @@ class Coordinator:
         self._pairs: list[Pair] = []
         self._broken: dict[str, Broken] = {}
         self._planned = 0
+        self._nvlink = False
         self._starting = 0.0
 
     # Nodes that come.
@@ -186,6 +187,7 @@ class Coordinator:
         everybody = [probe for node in self._nodes.values() for probe in node.probes]
         plan = rounds(everybody)
         self._planned = sum(len(one.pairs) for one in plan)
+        self._nvlink = any(prefill.nvlink and decode.nvlink for one in plan for prefill, decode in one.pairs)
         await self._all_ready(everybody)
         began = time.monotonic()
         self._starting = began - self._began
@@ -216,6 +218,7 @@ class Coordinator:
             seconds=round(time.monotonic() - self._began, 3),
             starting=round(self._starting, 3),
             cut_short=cut_short,
+            nvlink=self._nvlink,
         )
 
     async def dismiss(self) -> None:
@@ -245,7 +248,21 @@ class Coordinator:
                 )
 
     async def _all_ready(self, probes: list[Probe]) -> None:
-        await self._until(lambda: all(self._memory(probe).done() for probe in probes), START)
+        # The members count the same seconds, and say what was not in time.
+        await self._until(lambda: all(self._memory(probe).done() for probe in probes), START + _ANSWER)
+        for probe in probes:
+            if not self._memory(probe).done():
+                self._fell_silent(probe)
+
+    def _fell_silent(self, probe: Probe) -> None:
+        """Its node would have said what keeps its process: nobody else should wait for it as long."""
+        broken = Broken(
+            cause="silent",
+            message=f"{probe.node} did not say within {START:g} s whether NIXL is ready there",
+            hint=f"does it still reach {self._roster.ranks[0].node} over TCP? A node that hangs looks so",
+        )
+        self._broken.setdefault(probe.node, broken)
+        self._nodes[probe.rank].fail(broken)
 
     async def _until(self, condition: Any, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -269,9 +286,12 @@ class Coordinator:
         try:
             for probe in (prefill, decode):
                 # A process that was replaced after another pair failed may still be starting.
-                async with asyncio.timeout(START):
+                async with asyncio.timeout(START + _ANSWER):
                     await asyncio.shield(self._memory(probe))
-        except (_Refused, TimeoutError):
+        except TimeoutError:
+            self._fell_silent(probe)
+            return None
+        except _Refused:
             return None
         figures: list[Figure] = []
         latency: float | None = None

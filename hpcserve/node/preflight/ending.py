@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from ...rundir.atomic import write_text
+from ...rundir.atomic import storage_error, write_text
 from ...rundir.layout import RunDir
 
 _NAME = "preflight-over"
@@ -18,7 +18,10 @@ _NAME = "preflight-over"
 def tell_over(run: RunDir, attempt: str, status: int) -> None:
     """`status` is that of this program on rank 0. Raises StorageError."""
     directory = run.path / "rendezvous"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, "make a directory") from error
     write_text(directory / _NAME, f"{attempt} {status}\n")
 
 

@@ -27,6 +27,7 @@ from ..frames import HELLO_TIMEOUT, Channel, Failed, WrongKey, connect
 from ..inputs import Inputs
 from ..ports import PortRange, ephemeral_range
 from .child import Child, ProbeFailed
+from .command import probe_command
 from .ending import is_over
 from .links import link_gbs
 from .probes import Placed, node_name
@@ -63,8 +64,9 @@ class Member:
         self._roster = roster
         self._facts = roster.ranks[rank]
         self._rank = rank
-        device = inputs.plan.device
-        self._children = {item.probe.name: Child(item.probe, item.environ, device) for item in placed}
+        self._children = {
+            item.probe.name: Child(item.probe, probe_command(inputs, item), item.device) for item in placed
+        }
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Member:
@@ -148,8 +150,8 @@ class Member:
         if used:
             return {**told, "link_gbs": link_gbs(used, hcas)}
         # UCX did not say which of these it uses: then it is at least one of them.
-        rates = [rate for name in probe.devices if (rate := link_gbs([name], hcas)) is not None]
-        return {**told, "devices": list(probe.devices), "link_gbs": max(rates, default=None)}
+        rates = [rate for name in probe.expected if (rate := link_gbs([name], hcas)) is not None]
+        return {**told, "devices": list(probe.expected), "link_gbs": max(rates, default=None)}
 
     async def _join(self) -> Channel | None:
         """None when it is over already."""

@@ -1,5 +1,8 @@
 """The program with the NIXL agent: `python -m hpcserve.node.preflight.probe NAME DEVICE PARENT`.
 
+PARENT is the process it must not outlive, 0 the one that started it, whatever that is. It may run in an image
+without hpcserve: the standard library, torch and NIXL are all it needs.
+
 NIXL and UCX live here and end with it. Started with the environment of a replica, it reads one JSON command a
 line from stdin and writes one JSON answer a line to what was stdout: file 1 itself is where UCX prints its
 tables. NIXL calls may block or crash; whoever started this program keeps the time and ends it.
@@ -195,7 +198,7 @@ class _Transfer:
 
 def _buffers(name: str, device: str) -> Buffers:
     try:
-        return Buffers(seed(name), "cuda:0" if device == "cuda" else "cpu")
+        return Buffers(seed(name), device)
     except Exception as error:
         raise Failed("memory", f"no test buffers on {device}: {_words(error)}") from error
 
@@ -258,7 +261,7 @@ def _answer(agent: Agent, console: Console, command: dict[str, Any]) -> dict[str
 
 def main(argv: list[str]) -> None:
     name, device, parent = argv
-    die_with_parent(int(parent))
+    die_with_parent(int(parent) or os.getppid())
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     console = Console()
 

@@ -1,22 +1,28 @@
-"""Which probes a node has: one for each set of transport variables that its replicas get."""
+"""Which probes a node has: one for each set of transport variables that its replicas get, and each rail.
+
+With several GPUs, an engine has a NIXL agent beside each, and UCX takes the ports nearest to the memory it is
+given. So of the GPUs with the same nearest ports one is measured, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ... import engines
 from ...engines.base import EngineContext
 from ...plan.plan import Plan, ReplicaPlan
 from ..agent.environment import scrub
-from ..agent.transfer import transfer_devices
-from ..discovery.facts import Roster
+from ..agent.transfer import Devices, rails_of, transfer_devices
+from ..discovery.facts import RankFacts, Roster
 from .records import Probe
 
 _TRANSPORT = ("UCX_", "NIXL_")
 """What decides how NIXL moves bytes. Two replicas with the same need one probe."""
+_RDMA = ("infiniband", "roce")
+_OVER_NVLINK = "UCX_CUDA_IPC_ENABLE_MNNVL"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,32 +30,62 @@ class Placed:
     """A probe of this node, and the whole environment that its process gets."""
 
     probe: Probe
+    device: str
+    """Where its buffers are, as torch calls it: `cpu`, or one of the replica's GPUs such as `cuda:2`."""
     environ: Mapping[str, str]
+    added: Mapping[str, str]
+    """The part of it that is the replica's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Member:
+    """A replica of this node, with what its engine gets."""
+
+    replica: ReplicaPlan
+    environ: Mapping[str, str]
+    added: Mapping[str, str]
+    nvlink: bool
+
+    @property
+    def variables(self) -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(_transport(self.environ).items()))
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        names = self.environ.get("UCX_NET_DEVICES", "").split(",")
+        return tuple(name for name in names if name)
 
 
 def probes_on(plan: Plan, roster: Roster, rank: int, environ: Mapping[str, str]) -> tuple[Placed, ...]:
     """Of node `rank`. Raises ConfigError for what the engine's adapter refuses."""
-    groups: dict[tuple[tuple[str, str], ...], list[tuple[ReplicaPlan, Mapping[str, str]]]] = {}
+    groups: dict[tuple[bool, tuple[tuple[str, str], ...]], list[_Member]] = {}
     for replica in plan.on_node(rank):
         if replica.role != "aggregated":
-            # As the agent starts the replica: what is measured is what serving will use.
-            environment = {**scrub(environ), **_added(plan, roster, rank, replica)}
-            key = tuple(sorted(_transport(environment).items()))
-            groups.setdefault(key, []).append((replica, environment))
-    placed = []
-    for number, (variables, members) in enumerate(groups.items()):
-        names = dict(variables)
-        probe = Probe(
-            name=f"{rank}.{number}",
-            rank=rank,
-            node=node_name(roster, rank),
-            replicas=tuple(replica.name for replica, _ in members),
-            prefill=any(replica.role == "prefill" for replica, _ in members),
-            decode=any(replica.role == "decode" for replica, _ in members),
-            devices=tuple(name for name in names.get("UCX_NET_DEVICES", "").split(",") if name),
-            env=names,
-        )
-        placed.append(Placed(probe=probe, environ=members[0][1]))
+            member = _member(plan, roster, rank, replica, environ)
+            groups.setdefault((member.nvlink, member.variables), []).append(member)
+    placed: list[Placed] = []
+    for number, members in enumerate(groups.values()):
+        rails = _rails(plan, roster.ranks[rank], members)
+        for rail, users in rails.items():
+            member, gpu = users[0]
+            replicas = list({user.replica.name: user.replica for user, _ in users}.values())
+            probe = Probe(
+                name=f"{rank}.{len(placed)}",
+                rank=rank,
+                node=node_name(roster, rank),
+                replicas=tuple(replica.name for replica in replicas),
+                prefill=any(replica.role == "prefill" for replica in replicas),
+                decode=any(replica.role == "decode" for replica in replicas),
+                devices=member.allowed,
+                env=dict(member.variables),
+                group=number,
+                gpu=gpu if len(rails) > 1 else None,
+                rail=rail,
+                nvlink=member.nvlink,
+            )
+            place = 0 if gpu is None else member.replica.gpus.index(gpu)
+            device = f"cuda:{place}" if plan.device == "cuda" else "cpu"
+            placed.append(Placed(probe=probe, device=device, environ=member.environ, added=member.added))
     return tuple(placed)
 
 
@@ -60,7 +96,45 @@ def node_name(roster: Roster, rank: int) -> str:
     return name if alone else f"{name} (rank {rank})"
 
 
-def _added(plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan) -> Mapping[str, str]:
+def _member(
+    plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan, environ: Mapping[str, str]
+) -> _Member:
+    """As the agent starts the replica: what is measured is what serving will use.
+
+    But for NVLink to other nodes: memory of cudaMalloc, which torch's is, does not cross it, for UCX shares
+    that by a handle that is good on its own node only (uct_cuda_ipc_mem_add_reg).
+    """
+    devices = transfer_devices(plan, roster.ranks[rank], replica, roster.ranks)
+    added = _added(plan, roster, rank, replica, devices)
+    if devices.kv_over_nvlink:
+        added = {**added, _OVER_NVLINK: "n"}
+    environment = {**scrub(environ), **added}
+    return _Member(replica=replica, environ=environment, added=added, nvlink=devices.kv_over_nvlink)
+
+
+_Rails = dict[tuple[str, ...], list[tuple[_Member, int | None]]]
+
+
+def _rails(plan: Plan, facts: RankFacts, members: Sequence[_Member]) -> _Rails:
+    """The replicas and GPUs of each set of nearest ports, in the order of the GPUs.
+
+    One without ports, and without a GPU, where nobody knows which are near.
+    """
+    found: _Rails = {}
+    if plan.device == "cuda" and plan.site.network.kind in _RDMA:
+        near = {entry.gpu.index: entry.ports for entry in rails_of(plan, facts).gpus}
+        for member in members:
+            for gpu in member.replica.gpus:
+                rail = tuple(p.name for p in near.get(gpu, ()) if p.name in member.allowed)
+                found.setdefault(rail, []).append((member, gpu))
+    if not found or () in found:
+        return {(): [(member, None) for member in members]}
+    return found
+
+
+def _added(
+    plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan, devices: Devices
+) -> Mapping[str, str]:
     engine = engines.of(plan.model)
     facts = roster.ranks[rank]
     context = EngineContext(
@@ -72,7 +146,8 @@ def _added(plan: Plan, roster: Roster, rank: int, replica: ReplicaPlan) -> Mappi
         # No process of the engine is started, so it needs no real ports.
         ports=dict.fromkeys(engine.ports(replica), "0"),
         model_path=plan.model.model,
-        fabric_env=transfer_devices(plan, facts, replica, roster.ranks).env,
+        fabric_env=devices.env,
+        kv_over_nvlink=devices.kv_over_nvlink,
         python=sys.executable,
         scratch=tempfile.gettempdir(),
         gpu_names=tuple(gpu.visible for gpu in facts.gpus),

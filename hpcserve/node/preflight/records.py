@@ -1,12 +1,13 @@
-"""What is measured, by whom, and what came out. All of it goes over the wire and into preflight.json."""
+"""What is measured, by whom, and what came out. All of it goes over the wire and into preflight.json.
+
+Loaded in images without hpcserve too: with the standard library alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
-
-import msgspec
 
 Operation = Literal["read", "write"]
 Cause = Literal["timeout", "transfer", "data", "died", "import", "backend", "memory", "silent"]
@@ -16,7 +17,7 @@ LINK: tuple[Cause, ...] = ("timeout", "transfer", "data")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One process with a NIXL agent: a node, and the transport variables one of its replicas gets."""
+    """One process with a NIXL agent: a node, the transport variables of one of its replicas, and a rail."""
 
     name: str
     """Unique in the run, such as `1.0`: rank and number."""
@@ -30,6 +31,23 @@ class Probe:
     """UCX_NET_DEVICES; () lets UCX choose."""
     env: Mapping[str, str]
     """The transport variables (UCX_*, NIXL_*) that hpcserve, the site and model.yaml set."""
+    group: int = 0
+    """The probes of a node with the same variables have the same: they differ in the rail."""
+    gpu: int | None = None
+    """Of the node's GPUs the one with its buffer, where the group has several."""
+    rail: tuple[str, ...] = ()
+    """Those of `devices` that are nearest to its GPU; () where nobody knows."""
+    nvlink: bool = False
+    """KV goes over NVLink to all its partners, and is measured over the network all the same."""
+
+    @property
+    def label(self) -> str:
+        return self.node if self.gpu is None else f"{self.node} GPU {self.gpu}"
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The devices UCX should use."""
+        return self.rail or self.devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +111,12 @@ class Pair:
 
     @property
     def name(self) -> str:
-        return f"{self.prefill.node} → {self.decode.node}"
+        return f"{self.prefill.label} → {self.decode.label}"
+
+    @property
+    def nvlink(self) -> bool:
+        """Its KV goes over NVLink: the figures tell nothing of how it will go."""
+        return self.prefill.nvlink and self.decode.nvlink
 
     def better(self, again: Pair) -> Pair:
         """Of two measurements, each operation's faster one: what is in the way only ever slows it down."""
@@ -145,8 +168,14 @@ class Outcome:
     """Of these, until NIXL was ready on all nodes."""
     cut_short: bool = False
     """It was told to end."""
+    nvlink: bool = False
+    """There are nodes between which KV goes over NVLink, which was not measured."""
 
 
 def to_json(value: Any) -> Any:
     """A record as plain JSON values."""
-    return msgspec.to_builtins(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: to_json(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_json(each) for name, each in value.items()}
+    return [to_json(each) for each in value] if isinstance(value, (list, tuple)) else value

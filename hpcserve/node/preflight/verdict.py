@@ -42,24 +42,26 @@ class _Blame:
 
 
 def judge(outcome: Outcome) -> Verdict:
-    failed = [pair for pair in outcome.pairs if pair.broken is not None]
-    whole = [pair for pair in outcome.pairs if pair.broken is None]
+    # Of KV over NVLink, figures of the network tell nothing.
+    measured = [pair for pair in outcome.pairs if not pair.nvlink]
+    failed = [pair for pair in measured if pair.broken is not None]
+    whole = [pair for pair in measured if pair.broken is None]
     findings = [*_broken(outcome)]
     reasons = list(outcome.broken.values())
-    # A node that was late, or whose process died, may be one that works.
-    certain = all(broken.cause == "backend" for broken in reasons)
+    # A node that was late, or whose process died, may be one that works; so may NVLink.
+    certain = not outcome.nvlink and all(broken.cause == "backend" for broken in reasons)
     if not whole and certain and failed:
         return Verdict(findings=tuple(findings), fatal=_fatal(failed, outcome.unmeasured))
     if not whole and certain and reasons:
         return Verdict(findings=tuple(findings), fatal=_no_device(reasons[0]))
-    findings += _failed(failed, outcome.pairs)
+    findings += _failed(failed, measured)
     findings += _slow(whole)
     return Verdict(findings=tuple(findings))
 
 
 def suspects(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
     """Those that `judge` would name as slow, or name a node for: they deserve a second look."""
-    whole = [pair for pair in pairs if pair.broken is None]
+    whole = [pair for pair in pairs if pair.broken is None and not pair.nvlink]
     below, behind = _below(whole), _behind(whole)
     found = _ids([*behind, *(below if len(below) < len(whole) else [])])
     return tuple(pair for pair in whole if id(pair) in found)
@@ -125,7 +127,7 @@ def _failed(failed: Sequence[Pair], measured: Sequence[Pair]) -> list[Finding]:
         others = ", and does with others" if works else ""
         findings.append(
             Finding(
-                message=f"KV can't move between {pair.prefill.node} and {pair.decode.node} over"
+                message=f"KV can't move between {pair.prefill.label} and {pair.decode.label} over"
                 f" {_over(_allowed(pair))}{others}: {pair.broken.message}",
                 hint="look at the switches and routes between the two; their replicas serve with others"
                 if works
@@ -168,7 +170,7 @@ def _slow(pairs: Sequence[Pair]) -> list[Finding]:
         assert slowest is not None
         named.append(
             Finding(
-                message=f"KV moves slowly between {pair.prefill.node} and {pair.decode.node} over"
+                message=f"KV moves slowly between {pair.prefill.label} and {pair.decode.label} over"
                 f" {_over(slowest.devices)}, and not with others: {rate(slowest.gbs)} from {slowest.source}"
                 f" ({slowest.operation} by {slowest.initiator}), {_compared(pair, usual)}",
                 hint="look at the switches and routes between the two",
@@ -266,15 +268,15 @@ def _by_node(
 
 
 def _used(pair: Pair, node: str) -> tuple[str, ...]:
-    """The node's devices: those UCX used, else those it was allowed."""
+    """The node's devices: those UCX used, else those it should use."""
     for figure in pair.figures:
         if figure.initiator == node and figure.devices:
             return figure.devices
-    return pair.prefill.devices if pair.prefill.node == node else pair.decode.devices
+    return pair.prefill.expected if pair.prefill.node == node else pair.decode.expected
 
 
 def _allowed(pair: Pair) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*pair.prefill.devices, *pair.decode.devices)))
+    return tuple(dict.fromkeys((*pair.prefill.expected, *pair.decode.expected)))
 
 
 def _partner(pair: Pair, node: str) -> str:

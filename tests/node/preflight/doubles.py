@@ -59,3 +59,27 @@ def broken_nixl(root: Path, how: str) -> dict[str, str]:
     (package / "__init__.py").touch()
     (package / "_api.py").write_text(_BROKEN[how])
     return {"PYTHONPATH": str(package.parent)}
+
+
+def container_runtime(root: Path) -> Path:
+    """Runs what is behind the image, `/i.sif`, with the package where it is bound, and stays its parent.
+
+    Its calls are in `called` beside it.
+    """
+    program = root / "apptainer"
+    program.write_text(
+        f"""#!/bin/bash
+echo "$*" >>{root}/called
+echo 'WARNING: a runtime, or an image, may say something'
+until [ "$1" = /i.sif ]; do
+  case $1 in --bind=*:/opt/hpcserve-package/hpcserve:ro) package=${{1#--bind=}} ;; esac
+  shift
+done
+shift
+if [ "$PYTHONPATH" != /opt/hpcserve-package ]; then exit 9; fi
+export PYTHONPATH=$(dirname -- "${{package%%:*}}")
+"$@"
+"""
+    )
+    program.chmod(0o700)
+    return program

@@ -15,6 +15,7 @@ def probe(rank: int, role: str = "both", *, number: int = 0, device: str = "mlx5
         decode=role in ("decode", "both"),
         devices=(device,),
         env={"UCX_NET_DEVICES": device},
+        group=number,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ class Made:
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         return {"answer": FIGURE if command["ask"] == "measure" else {"came": True}}
+
+
+class NeverReady(Made):
+    """It comes, and is never heard of again."""
+
+    async def run(self, port: int, key: bytes = b"job-secret") -> None:
+        channel = await connect("127.0.0.1", port, key=key, attempt="local.0", seconds=10)
+        assert channel is not None
+        probes = [to_json(one) for one in self.probes]
+        await channel.send({"rank": self.rank, "node": f"n{self.rank}", "probes": probes})
+        await channel.receive()
+        await channel.receive()
+        await channel.close()
 
 
 class Unreached(Made):
@@ -150,6 +164,15 @@ def test_a_node_that_never_comes_is_named_and_its_pairs_are_left_out(
     assert "n2 did not come" in outcome.broken["n2"].message
 
 
+def test_whether_any_kv_goes_over_nvlink_is_known_of_both_ends(tmp_path: Path) -> None:
+    def members(decode: bool) -> list[Made]:
+        ends = replace(probe(0, "prefill"), nvlink=True), replace(probe(1, "decode"), nvlink=decode)
+        return [Made(rank, end) for rank, end in enumerate(ends)]
+
+    assert measure(tmp_path, 2, members(decode=True)).nvlink
+    assert not measure(tmp_path, 2, members(decode=False)).nvlink
+
+
 def test_a_stranger_is_not_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "JOIN", 0.5)
 
@@ -214,21 +237,24 @@ def test_rank_0_is_done_in_time_whatever_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PREFLIGHT_TIMEOUT", 0.5)
-
-    class Slow(Made):
-        """Its processes never get as far as saying that they are ready."""
-
-        async def run(self, port: int, key: bytes = b"job-secret") -> None:
-            channel = await connect("127.0.0.1", port, key=key, attempt="local.0", seconds=10)
-            assert channel is not None
-            probes = [to_json(one) for one in self.probes]
-            await channel.send({"rank": self.rank, "node": f"n{self.rank}", "probes": probes})
-            await channel.receive()
-            await channel.receive()
-            await channel.close()
-
-    outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), Slow(1, probe(1, "decode"))])
+    outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), NeverReady(1, probe(1, "decode"))])
     assert (outcome.pairs, outcome.unmeasured, outcome.cut_short) == ((), 1, False)
+
+
+def test_a_node_that_hangs_before_nixl_is_ready_is_named_and_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without an end to the waiting, this test would not end in time.
+    until = Coordinator._until
+
+    async def impatient(self: Coordinator, condition: Any, seconds: float) -> None:
+        await until(self, condition, 1.0 if seconds > module.JOIN else seconds)
+
+    monkeypatch.setattr(Coordinator, "_until", impatient)
+    outcome = measure(tmp_path, 3, [*one_prefill(1), NeverReady(2, probe(2, "decode"))])
+    assert [pair.decode.node for pair in outcome.pairs] == ["n1"]
+    assert outcome.broken["n2"].cause == "silent"
+    assert "n2 did not say within" in outcome.broken["n2"].message
 
 
 def test_what_looks_slow_is_measured_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -45,6 +46,41 @@ def test_a_large_cluster_has_all_its_nodes_in_few_rounds() -> None:
     assert len(plan) == 24
     assert sum(one.first for one in plan) == 3
     assert all(len(one.pairs) == 8 for one in plan)
+
+
+def railed(role: str, rank: int, rails: int) -> list[Probe]:
+    return [
+        replace(probe(rank, role), name=f"{rank}.{rail}", gpu=rail, rail=(f"mlx5_{rail}:1",))
+        for rail in range(rails)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "expected"),
+    [
+        (4, 4, [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        (4, 2, [(0, 0), (1, 0), (2, 1), (3, 1)]),
+        (1, 3, [(0, 0), (0, 1), (0, 2)]),
+    ],
+)
+def test_rails_meet_as_the_gpus_of_two_replicas_do(
+    own: int, theirs: int, expected: list[tuple[int, int]]
+) -> None:
+    prefill, decode = (
+        [railed(role, rank, count) for rank in ranks]
+        for role, ranks, count in (("prefill", (0, 1), own), ("decode", (2, 3), theirs))
+    )
+    plan = rounds([probe for node in (*prefill, *decode) for probe in node])
+    met: dict[tuple[int, int], list[tuple[int | None, int | None]]] = {}
+    for one in plan:
+        ranks = [end.rank for ends in one.pairs for end in ends]
+        assert len(ranks) == len(set(ranks)), "a node is in two pairs at once"
+        for a, b in one.pairs:
+            met.setdefault((a.rank, b.rank), []).append((a.gpu, b.gpu))
+    assert set(met) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    assert all(sorted(pairs, key=str) == expected for pairs in met.values())
+    early = {end.name for one in plan if one.first for ends in one.pairs for end in ends}
+    assert len(early) == 2 * (own + theirs)
 
 
 def test_one_node_alone_has_no_pair() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hpcserve.config.site import ContainerSite
+from hpcserve.node.preflight.child import Child, ProbeFailed
+from hpcserve.node.preflight.command import Command
 from tests.node.jobs import processes
 from tests.node.runs import events, replica, wait_for
 
-from .doubles import broken_nixl
+from .doubles import broken_nixl, container_runtime
+from .samples import probe
 from .steps import Step, vllm_plan
 
 pytestmark = pytest.mark.timeout(600)
@@ -99,6 +107,47 @@ def test_a_transfer_that_never_ends_is_given_up(tmp_path: Path) -> None:
         assert step.finish() == [6, 0], step.log()
         assert "a read of 64 bytes was not over after 10 s" in events(step.run, "failed")[0]["message"]
         assert probes_of(step) == []
+
+
+def test_where_engines_have_a_container_of_their_own_the_transfers_are_in_it(tmp_path: Path) -> None:
+    """The node's own Python, which the agent has there, need not have NIXL."""
+    apart = ContainerSite(runtime="apptainer", image="/i.sif", agent="outside", python=sys.executable)
+    plan = vllm_plan(*TWO, UCX_TLS="tcp,self")
+    plan = replace(plan, site=replace(plan.site, container=apart))
+    outside = {**broken_nixl(tmp_path, "missing"), "HPCSERVE_APPTAINER": str(container_runtime(tmp_path))}
+    with Step(tmp_path / "run", plan, ranks={0: outside, 1: outside}) as step:
+        assert step.finish() == [0, 0], step.log()
+        [pair] = step.document["pairs"]
+        assert pair["error"] is None and pair["slowest_gbs"] > 0
+        assert step.warnings() == []
+        assert "WARNING: a runtime" in step.log(1)
+    called = (tmp_path / "called").read_text().splitlines()
+    assert len(called) == 2 and all(line.startswith("exec --bind=") for line in called)
+
+
+def test_a_runtime_that_starts_nothing_is_named_for_it(tmp_path: Path) -> None:
+    says = ("bash", "-c", "echo Error: unknown flag; exit 1")
+    child = Child(probe(0), Command(argv=says, environ={"PATH": os.environ["PATH"]}, contained=True), "cpu")
+    with pytest.raises(ProbeFailed, match="n0 ended with status 1"):
+        asyncio.run(child.start(600))
+
+
+def test_a_container_is_ended_with_what_runs_in_it(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    runtime = ("bash", "-c", f"sleep 3600 & echo $! >{inner}.new; mv {inner}.new {inner}; wait")
+    command = Command(argv=runtime, environ={"PATH": os.environ["PATH"]}, contained=True)
+
+    async def killed() -> None:
+        child = Child(probe(0), command, "cpu")
+        starting = asyncio.create_task(child.start(600))
+        await asyncio.to_thread(wait_for, inner.exists, "what runs in it")
+        await child.kill()
+        with pytest.raises(ProbeFailed, match="ended by SIGKILL"):
+            await starting
+
+    asyncio.run(killed())
+    pid = int(inner.read_text())
+    wait_for(lambda: pid not in dict(processes()), "the end of what ran in it")
 
 
 def test_term_ends_all_of_it_at_once(tmp_path: Path) -> None:

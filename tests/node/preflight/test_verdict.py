@@ -6,8 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from hpcserve.node.preflight.records import Broken, Pair
-from hpcserve.node.preflight.report import event, table
-from hpcserve.node.preflight.verdict import Verdict, judge
+from hpcserve.node.preflight.report import document, event, table, unused_devices
+from hpcserve.node.preflight.verdict import Verdict, judge, suspects
 
 from .samples import outcome, pair, probe
 
@@ -157,6 +157,57 @@ def test_a_dead_process_is_named_beside_the_figures_of_the_others() -> None:
     verdict = judge(outcome(pair(P[0], D[0], 40.0, link=LINK), n4=broken))
     assert messages(verdict) == ["no KV preflight of n4: the preflight's process on n4 ended by SIGSEGV"]
     assert verdict.fatal is None
+
+
+def nvlinked(gbs: float | None, place: int = 0) -> Pair:
+    one, other = (replace(probe, nvlink=True) for probe in (P[place], D[place]))
+    return pair(one, other, gbs, link=LINK)
+
+
+def test_what_the_network_carries_says_nothing_of_kv_over_nvlink() -> None:
+    found = replace(outcome(nvlinked(None), nvlinked(0.1, 1)), nvlink=True)
+    assert judge(found) == Verdict()
+    assert suspects(found.pairs) == ()
+    told = event(found)
+    assert (told["pairs"], told["failed"], told["over_nvlink"], told["slowest"]) == (0, 0, 2, None)
+    lines = table(found).splitlines()
+    assert "NVLink was not measured" in lines[1]
+    assert all(line.endswith("(KV: NVLink)") for line in lines[3:]) and len(lines) == 5
+
+
+def test_where_nvlink_may_work_nothing_ends_the_job() -> None:
+    broken = Broken(cause="backend", message="NIXL could not start UCX on mlx5_9:1: NIXL_ERR_BACKEND")
+    assert judge(outcome(n1=broken, n3=broken)).fatal is not None
+    assert judge(replace(outcome(n1=broken, n3=broken), nvlink=True)).fatal is None
+    # One of two racks: its pairs are cut, and those of the other use NVLink.
+    cut = pair(P[0], D[0], None, link=LINK)
+    assert judge(replace(outcome(cut, nvlinked(0.1, 1)), nvlink=True)).fatal is None
+
+
+def test_between_racks_kv_goes_over_the_network_and_is_judged() -> None:
+    """One end has partners in its own domain only, the other has not, so UCX does not use NVLink."""
+    slow = pair(replace(P[0], nvlink=True), D[0], 3.0, link=LINK)
+    [message] = messages(judged(slow, *grid({}, link=LINK)[1:]))
+    assert message.startswith("KV moves slowly between n1 and n3")
+
+
+def test_devices_that_nothing_was_measured_over_are_told() -> None:
+    rails = ("mlx5_0:1", "mlx5_1:1", "mlx5_2:1")
+    one, other = (replace(probe, devices=rails) for probe in (P[0], D[0]))
+    second = replace(one, name="1.1", gpu=1, rail=("mlx5_1:1",))
+    used = pair(one, other, 40.0)
+    used = replace(used, figures=tuple(replace(figure, devices=rails[:1]) for figure in used.figures))
+    found = outcome(used, pair(second, replace(other, rail=("mlx5_1:1",)), None))
+    assert unused_devices(found) == {"n1": ("mlx5_2:1",), "n3": ("mlx5_2:1",)}
+    assert "Not measured on n1, n3, though engines may use it: mlx5_2:1" in table(found).splitlines()
+    assert document(found, judge(found), "a.0")["unused_devices"] == {
+        "n1": ("mlx5_2:1",),
+        "n3": ("mlx5_2:1",),
+    }
+    [failed] = [row for row in table(found).splitlines() if "failed" in row]
+    assert failed.startswith("n1 GPU 1")
+    silent = tuple(replace(figure, transport=None) for figure in used.figures)
+    assert unused_devices(outcome(replace(used, figures=silent))) == {}, "UCX did not say"
 
 
 def test_many_findings_are_cut_to_a_few() -> None:
