@@ -87,6 +87,12 @@ CAUSES: tuple[Cause, ...] = (
         "make the engine's launcher available on the nodes: `setup` of the site puts it on the PATH",
     ),
     _cause(
+        "unknown",
+        r"^error: the replica's server ended with status",
+        "the lines before it in the replica's log may say why: `hpcserve logs --role ROLE`",
+        retry=True,
+    ),
+    _cause(
         "mpi",
         # Of a rank that a signal ended, its launcher ends with the signal's number above 128.
         r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault"

@@ -106,6 +106,11 @@ def workers_on(cluster: Testbed, node: str) -> list[int]:
     return found
 
 
+def servers_on(cluster: Testbed, node: str) -> list[int]:
+    of_user = cluster.processes_of("hsuser", node)
+    return [pid for pid, command in of_user.items() if "-m hpcserve.engines.tensorrt_llm_server" in command]
+
+
 def nodes_of(run: Launched, replica: str) -> list[str]:
     plan = json.loads((run.run_dir / "plan.json").read_text())
     roster = json.loads((run.run_dir / "roster.json").read_text())
@@ -167,9 +172,21 @@ def test_replicas_over_two_nodes_answer_come_back_and_leave_nothing(cluster: Tes
 
 
 @pytest.mark.timeout(600)
-def test_a_cancelled_job_leaves_nothing_of_its_step(cluster: Testbed, one: Launched) -> None:
-    [replica] = [item["name"] for item in json.loads((one.run_dir / "plan.json").read_text())["replicas"]]
-    found = members(cluster, one, replica)
+def test_a_killed_server_comes_back_and_a_cancelled_job_leaves_nothing(
+    cluster: Testbed, one: Launched
+) -> None:
+    """Ranks that wait for a server do not notice its end, nor does the launcher."""
+    name = "aggregated-0"
+    found = members(cluster, one, name)
+    [server] = servers_on(cluster, nodes_of(one, name)[0])
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: worker_out(one, name), what=f"{name} to leave", state=one.logs)
+    wait_for(lambda: name in in_rotation(one), what=f"{name} to return", state=one.logs)
+    [died] = one.events("engine-died")
+    assert died["message"] == f"error: the replica's server ended with status {-signal.SIGKILL}", died
+    assert left_of(found) == []
+
+    found = members(cluster, one, name)
     cluster.as_user("hsuser", ["scancel", one.job_id])
     one.wait_gone()
     wait_for(lambda: not left_of(found), what="the step's processes to end", state=lambda: left_of(found))

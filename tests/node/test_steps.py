@@ -62,15 +62,16 @@ class Stepped(Fake):
     mpi_launcher = "launcher"
     key_variable = "KEY"
 
-    def __init__(self, seconds: float = 0) -> None:
+    def __init__(self, seconds: float = 0, status: int = 0) -> None:
         self.seconds = seconds
+        self.status = status
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
         return {"http": 1}
 
     def command(self, context: EngineContext) -> EngineCommand:
         said = "print('command', os.environ['NODE'], os.environ['KEY'], sys.argv[1:], flush=True)"
-        script = f"import os, sys, time; {said}; time.sleep({self.seconds})"
+        script = f"import os, sys, time; {said}; time.sleep({self.seconds}); sys.exit({self.status})"
         argv = (sys.executable, "-c", script, "two words", "*")
         return EngineCommand(argv=argv, env={"NODE": f"place {context.node}"}, files={"file": "text\n"})
 
@@ -192,6 +193,19 @@ def test_a_step_whose_agent_is_gone_is_ended_by_its_number(
         wait_for(running.exited, "the step to end")
     assert (tmp_path / "scancel.argv").read_text() == "--signal=KILL 77.5\n"
     assert said(lines, "the agent is gone"), lines
+
+
+def test_a_server_that_fails_ends_the_step_whose_ranks_would_wait_for_it(
+    tmp_path: Path, programs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", programs["PATH"])
+    (tmp_path / "bin" / "launcher").write_text("#!/bin/bash\n$* &\nsleep 600\n")
+    lines: list[str] = []
+    with started(launcher(tmp_path, programs, engine=Stepped(status=3)), lines) as running:
+        wait_for(running.exited, "the step to end")
+        running.pump.finish(10.0)
+        assert running.process.returncode == 137
+    assert said(lines, "error: the replica's server ended with status 3"), lines
 
 
 async def test_srun_has_time_to_end_its_tasks_even_when_it_is_to_end_at_once(

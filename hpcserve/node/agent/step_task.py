@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
 from ..process import signal_group
 from .keeper import Keeper
@@ -46,9 +46,9 @@ _TRIES = 30
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """The exit status; `command` becomes another program."""
+    """The exit status."""
     if argv[:1] == [COMMAND]:
-        _become_command(argv[1])
+        return _command(argv[1])
     step = json.loads(environ[VARIABLE])
     node, first = environ["SLURMD_NODENAME"], environ["SLURM_PROCID"] == "0"
     if node not in step["nodes"] or (first and node != step["head"]):
@@ -67,10 +67,19 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return 1 if status is None else status
 
 
-def _become_command(path: str) -> NoReturn:
+def _command(path: str) -> int:
+    """Run the engine's command. When it fails, the launcher and its rank are killed, and so the step: they
+    would wait for it for ever."""
     with open(path) as file:
         command: dict[str, Any] = json.load(file)
-    os.execvpe(command["argv"][0], command["argv"], {**os.environ, **command["env"]})
+    status = subprocess.run(command["argv"], env={**os.environ, **command["env"]}).returncode
+    if status:
+        # Where Slurm is ending the whole step, and the server for that, this process does not come further.
+        time.sleep(_LOOK)
+        _say(f"error: the replica's server ended with status {status}")
+        # The launcher's group, which is this process's.
+        os.killpg(0, signal.SIGKILL)
+    return status
 
 
 def _run(program: Sequence[str], grace: float) -> int | None:
