@@ -22,6 +22,7 @@ from typing import Any
 
 VARIABLE = "HPCSERVE_SGLANG_HOST_KV"
 NORMALIZE = "sglang.srt.disaggregation.nixl.conn._normalize_kv_mem_kinds"
+MANAGER = "sglang.srt.disaggregation.nixl.conn.NixlKVManager"
 LOOK_EVERY_US = 10_000
 """At the latest: what comes in by TCP wakes the thread."""
 
@@ -43,9 +44,7 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(NORMALIZE, on_host, HookType.AROUND)
-    from nixl import _api
-
-    _api.nixlBind.nixlAgentConfig = calm(_api.nixlBind.nixlAgentConfig)
+    HookRegistry.register(f"{MANAGER}.__init__", before_nixl, HookType.BEFORE)
 
 
 def on_host(
@@ -53,6 +52,13 @@ def on_host(
 ) -> list[str]:
     """All buffers are the host's, whatever SGLang takes them for."""
     return normalize(["DRAM"] * expected_len, expected_len)
+
+
+def before_nixl(*_args: Any, **_more: Any) -> None:
+    """SGLang is about to make an agent, which only its schedulers do."""
+    from nixl import _api
+
+    _api.nixlBind.nixlAgentConfig = calm(_api.nixlBind.nixlAgentConfig)
 
 
 def calm(config: Any) -> Any:

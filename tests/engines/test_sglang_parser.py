@@ -222,6 +222,10 @@ def test_kv_of_the_host_is_told_where_sglang_asks_of_which_kind_it_is() -> None:
     source = ast.parse((FOLDER / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     (function,) = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name]
     assert [argument.arg for argument in function.args.args] == ["kinds", "expected_len"]
+    (manager,) = [node for node in source.body if getattr(node, "name", "") == "NixlKVManager"]
+    assert sglang_host_kv.MANAGER.rpartition(".")[::2] == (module, "NixlKVManager")
+    (made,) = [node for node in getattr(manager, "body", ()) if getattr(node, "name", "") == "__init__"]
+    assert "nixl_agent(str(uuid.uuid4()), agent_config)" in ast.unparse(made)
     told = sglang_host_kv.on_host(lambda kinds, length: kinds[:length], None, 3)
     assert told == ["DRAM"] * 3
 
