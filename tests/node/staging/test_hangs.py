@@ -138,6 +138,7 @@ async def test_the_coordinator_is_heard_while_it_has_nothing_to_say(
         coordinator, "list_model", lambda path: (listed.wait(DEADLINE), source.list_model(path))[1]
     )
     await nodes.stage(Listens)
+    assert heard.count("beat") >= 3
     nodes.same(1, files_of(nodes.model))
     assert not list((nodes.root / "run1" / "rendezvous").iterdir())
 
