@@ -110,7 +110,7 @@ def pull(
 
     directory = image.path.with_name(f".{image.path.name}.lock")
     with lock.hold(directory, waiting=waiting, silence=silence, heartbeat=heartbeat) as held:
-        _sweep(image, held, say)
+        _sweep(image, say)
         if image.path.exists():
             check_image(image.path, runtime=image.runtime, arch=image.arch)
             _check_size(image)
@@ -135,11 +135,10 @@ def _program(runtime: Runtime, environ: Mapping[str, str]) -> str:
     )
 
 
-def _sweep(image: Image, held: lock.Lock, say: Callable[[str], None]) -> None:
+def _sweep(image: Image, say: Callable[[str], None]) -> None:
     """Remove what owners left who died: nobody but the holder of the lock works here."""
     for left in image.path.parent.glob(f".{image.path.name}.part-*"):
-        if not left.name.endswith(held.token):
-            _remove(left, say)
+        _remove(left, say)
 
 
 def _remove(directory: Path, say: Callable[[str], None]) -> None:
@@ -190,8 +189,6 @@ def _fetch(image: Image, work: Path, program: str, environ: Mapping[str, str]) -
         places = {f"ENROOT_{what}": str(work / what.lower()) for what in ("CACHE_PATH", "TEMP_PATH")}
     chosen = {name: place for name, place in places.items() if name not in environ}
     try:
-        # A token of an owner that died long ago may have come again.
-        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o700)
         for place in set(chosen.values()):
             Path(place).mkdir()

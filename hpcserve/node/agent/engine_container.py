@@ -60,7 +60,7 @@ def contained_environment(
     kept.pop(APPTAINER_VARIABLE, None)
     kept.setdefault(NO_USER_SITE, "1")
     if LIBRARIES in kept:
-        kept = {**image_libraries(kept.pop(LIBRARIES)), **kept}
+        kept |= image_libraries(kept.pop(LIBRARIES))
     if LIBRARIES in outside:
         kept[LIBRARIES] = outside[LIBRARIES]
     further = kept.get("PYTHONPATH")

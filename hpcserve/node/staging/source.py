@@ -151,7 +151,9 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, file: SourceFile) 
 
 
 def _unreadable(error: OSError, name: str | None = None) -> StorageError:
-    doing = f"read the model{f' ({name})' if name else ''} to stage it:"
+    # Before the path of the error, if it has one.
+    colon = ":" if error.filename else ""
+    doing = f"read the model{f' ({name})' if name else ''} to stage it{colon}"
     return storage_error(
         error, doing, hint="look at that path on this node; engines could not read it either"
     )

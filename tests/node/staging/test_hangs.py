@@ -120,6 +120,26 @@ async def test_a_head_node_without_power_is_given_up(nodes: Nodes, monkeypatch: 
     mute.theirs.close()
 
 
+@pytest.mark.parametrize("began", [True, False])
+async def test_a_head_node_that_never_said_where_it_is_may_be_dead(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, began: bool
+) -> None:
+    """One that did, and can't be reached, is behind a firewall: it ends the job itself."""
+    monkeypatch.setattr(worker, "_FIND_WAIT", 0.0)
+    inputs = nodes.inputs(make_run(nodes.root / "run", make_plan(2)), 1)
+    roster = Roster(transport="tcp", attempt=inputs.attempt, seconds=0.0, ranks=(facts(0), facts(1)))
+    coordinator_file(inputs).parent.mkdir()
+    if began:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        write_json(
+            coordinator_file(inputs), {"attempt": inputs.attempt, "address": "127.0.0.1", "port": port}
+        )
+    with pytest.raises(JobError, match="can't reach the head node") as caught:
+        await OwnDisk(inputs, roster, 1).run()
+    assert isinstance(caught.value, LostHead) != began
+
+
 async def test_the_coordinator_is_heard_while_it_has_nothing_to_say(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +158,7 @@ async def test_the_coordinator_is_heard_while_it_has_nothing_to_say(
         coordinator, "list_model", lambda path: (listed.wait(DEADLINE), source.list_model(path))[1]
     )
     await nodes.stage(Listens)
+    assert heard.count("beat") >= 3
     nodes.same(1, files_of(nodes.model))
     assert not list((nodes.root / "run1" / "rendezvous").iterdir())
 
