@@ -9,7 +9,7 @@ PYTHON ?= $(shell /usr/bin/python3 -c 'import sys, venv, ensurepip; sys.exit(sys
 	&& echo /usr/bin/python3 || echo python3)
 DEMO := .demo
 
-.PHONY: help venv clients sglang demo test test-clients test-sglang test-steps check docs golden system clean
+.PHONY: help venv clients sglang demo test test-clients test-sglang check docs golden system clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,9 +70,6 @@ test-sglang: sglang ## Real SGLang on the CPU: one prefill and two decode replic
 	$(BIN)/pip install --quiet --no-deps --target $(SGLANG) --upgrade --group sglang-server
 	: >$(SGLANG)/torchvision/_meta_registrations.py
 	$(BIN)/pytest -m sglang tests/router/test_sglang_launched.py
-
-test-steps: system venv ## TensorRT-LLM's replicas over several nodes, with a stand-in for its workers, in real Slurm steps
-	$(BIN)/pytest -m steps tests/cluster/test_tensorrt_llm_steps.py
 
 check: venv ## Style, types and generated files, without running a test
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ from .config.model import ROLES, ModelSpec, Role, RoleSpec
 from .config.model_facts import is_local, read_facts
 from .config.site import Site
 from .config.sites import find_site, site_files
-from .errors import HpcserveError, StorageError
+from .errors import ConfigError, HpcserveError, StorageError
+from .plan.offload import shared_bytes
 from .plan.plan import BatchPlan, Plan
 from .plan.planner import make_plan
 from .plan.request import PlanRequest
@@ -82,6 +83,8 @@ def prepare(request: LaunchRequest, environ: Mapping[str, str], hostname: str) -
         pools = {role: request.pools.get(role) for role in ROLES}
         model = replace(model, value=replace(model.value, **pools))  # type: ignore[arg-type]
     site = find_site(request.site, environ=environ, hostname=hostname, model=model)
+    if model.value.kv_offload is not None and model.value.kv_offload.shared_gib is not None:
+        site = _with_kv_directory(site)
     facts = read_facts(model.value.model, revision=model.value.revision, environ=environ)
     plan = make_plan(
         PlanRequest(
@@ -117,6 +120,22 @@ def _absolute(model: Loaded[ModelSpec]) -> Loaded[ModelSpec]:
         return model
     path = os.path.abspath(os.path.expanduser(spec.model))
     return replace(model, value=replace(spec, model=path))
+
+
+def _with_kv_directory(site: Loaded[Site]) -> Loaded[Site]:
+    """`storage.kv` means the same on every node, whose variables may be others. Raises ConfigError."""
+    given = site.value.storage.kv
+    if given is None:
+        return site
+    text = os.path.expandvars(os.path.expanduser(given))
+    if "$" in text or not text.startswith("/"):
+        raise ConfigError(
+            f"`storage.kv` of site {site.value.name}: {text!r} is not an absolute path once ~ and $VARIABLES "
+            "are filled in",
+            hint="name a directory of yours on a file system that all nodes share",
+        )
+    storage = replace(site.value.storage, kv=os.path.normpath(text))
+    return replace(site, value=replace(site.value, storage=storage))
 
 
 def files(prepared: Prepared) -> dict[str, str]:
@@ -173,12 +192,23 @@ def submit(prepared: Prepared, command: Sequence[str], *, after: str | None = No
     from .images.pull import need_image
 
     need_image(prepared.plan.site, os.environ)
+    _need_kv_directory(prepared.plan)
     while True:
         try:
             return _submit(prepared, command, after)
         except NameTaken:
             # Its own path is in the job script, so everything is rendered again.
             prepared = replace(prepared, run_id=free_run_id(prepared.root, prepared.plan.name))
+
+
+def _need_kv_directory(plan: Plan) -> None:
+    """The directory of `kv_offload.shared_gib`, with room for it. Raises StorageError."""
+    from .engines.kv_files import make_directory, need_room
+
+    size = shared_bytes(plan)
+    if size and plan.site.storage.kv is not None:
+        make_directory(plan.site.storage.kv)
+        need_room(plan.site.storage.kv, size)
 
 
 def _submit(prepared: Prepared, command: Sequence[str], after: str | None) -> Run:

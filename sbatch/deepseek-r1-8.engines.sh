@@ -210,6 +210,7 @@ env \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
     --all2all-backend deepep_low_latency \
+    --max-num-batched-tokens 256 \
     --max-num-seqs 128
 
 # decode-0 on node 5, slots 0,1,2,3,4,5,6,7
@@ -251,6 +252,7 @@ env \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
     --all2all-backend deepep_low_latency \
+    --max-num-batched-tokens 256 \
     --max-num-seqs 128
 
 # decode-0 on node 6, slots 0,1,2,3,4,5,6,7
@@ -292,6 +294,7 @@ env \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
     --all2all-backend deepep_low_latency \
+    --max-num-batched-tokens 256 \
     --max-num-seqs 128
 
 # decode-0 on node 7, slots 0,1,2,3,4,5,6,7
@@ -333,4 +336,5 @@ env \
     --kv-events-config "{\"enable_kv_cache_events\":true,\"publisher\":\"zmq\",\"endpoint\":\"ipc://$SCRATCH/kv.inproc\",\"replay_endpoint\":\"ipc://$SCRATCH/kv-replay.inproc\"}" \
     --shutdown-timeout 15 \
     --all2all-backend deepep_low_latency \
+    --max-num-batched-tokens 256 \
     --max-num-seqs 128

@@ -3,6 +3,7 @@
 #   …_PORT        ports bound on this node
 #   SCRATCH       private directory on this node
 #   transport variables (UCX_NET_DEVICES, …) found on the node are added
+#   --enable-cumem-allocator is added where KV blocks cross NVLink to other nodes
 #   VLLM_API_KEY  the job key, from secrets/job-key
 # In the job they run in the site's container (pyxis, /images/hpcserve.sqsh).
 PYTHON=python3

@@ -38,7 +38,7 @@ on_exit() {
   if [ "$(ends)" != "$ends_before" ]; then exit "$status"; fi
   close=(-m hpcserve.node close --run-dir "$HPCSERVE_RUN_DIR" --stage "$stage" --status "$status")
   if [ "$signals" -gt 0 ]; then close+=(--signalled); fi
-  if [ -z "$python" ] || ! srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR --nodelist="$SLURMD_NODENAME" "$python" "${close[@]}"; then
+  if [ -z "$python" ] || ! srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --no-container-remap-root --container-env=HPCSERVE_RUN_DIR --nodelist="$SLURMD_NODENAME" "$python" "${close[@]}"; then
     # Perhaps Python itself is what does not work here.
     printf '{"t": %s, "event": "failed", "message": "%s", "hint": "%s", "exit_code": %s}\n' \
       "$(date +%s)" "the job ended with status $status in its stage '$stage'" \
@@ -79,7 +79,7 @@ rm -rf -- "$HPCSERVE_RUN_DIR"/{ranks/*.json,rendezvous,roster.json,head.json,end
 stage=rendezvous
 kill_wait=30
 logs_pattern=${logs//%/%%} # srun replaces %t and the like in names of files
-step=(srun --nodes=18 --ntasks=18 --ntasks-per-node=1 --cpu-bind=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR)
+step=(srun --nodes=18 --ntasks=18 --ntasks-per-node=1 --cpu-bind=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --no-container-remap-root --container-env=HPCSERVE_RUN_DIR)
 
 # Signals: the first TERM drains, the second forces; each is passed on to `running`.
 running=()
@@ -211,7 +211,7 @@ agents+=("$!")
 
 # 3. Head: controller and router, on this node. Its exit status is the job's.
 pass_as=USR1 # srun answers TERM by killing its tasks, and hands this on
-srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --container-env=HPCSERVE_RUN_DIR \
+srun --overlap --nodes=1 --ntasks=1 --mpi=none --cpu-bind=none --gres=none "--container-image=/images/hpcserve.sqsh" "--container-mounts=/tmp:/tmp,/scratch/alice/hpcserve:/scratch/alice/hpcserve,/models/DeepSeek-R1:/models/DeepSeek-R1:ro" --no-container-mount-home --no-container-remap-root --container-env=HPCSERVE_RUN_DIR \
   --nodelist="$SLURMD_NODENAME" --open-mode=append --output="$logs_pattern/head.log" \
   "$python" -m hpcserve.node head --run-dir "$HPCSERVE_RUN_DIR" &
 head=$!

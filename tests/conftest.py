@@ -1,10 +1,15 @@
-"""Which tests may run beside each other, when pytest has several processes (`make test`)."""
+"""Which tests may run beside each other, when pytest has several processes, and how patient they are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A slow machine is no fault: hypothesis, too, only says what is wrong, and not how long it took.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 _CLUSTER = Path(__file__).parent / "cluster"
 

@@ -45,7 +45,7 @@ def tiny_llama(path: Path) -> Path:
     return path
 
 
-def greedy(path: Path, prompt: str, tokens: int) -> list[int]:
+def greedy(path: Path, prompt: str | list[int], tokens: int) -> list[int]:
     """The most likely `tokens` tokens after a prompt, as transformers computes them: ids, because random
     tokens are no whole characters."""
     import torch
@@ -53,7 +53,7 @@ def greedy(path: Path, prompt: str, tokens: int) -> list[int]:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
     size = len(ids)
     with torch.inference_mode():
         for _ in range(tokens):

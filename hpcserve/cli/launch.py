@@ -68,6 +68,7 @@ def _launch(prepared: Prepared, args: argparse.Namespace) -> int:
 
     _warn_of_variables(prepared)
     _warn_of_image(prepared)
+    _warn_of_segments(prepared)
     say(f"cost: {cost_line(prepared.plan)}")
     run = submit(prepared, args.command_line)
     name = run.record.run_id
@@ -141,6 +142,19 @@ def _warn_of_image(prepared: Prepared) -> None:
         warn(
             f"the image {path} does not exist on this host",
             "is that the name of a file on the nodes? `container.image` of the site says it",
+        )
+
+
+def _warn_of_segments(prepared: Prepared) -> None:
+    from ..render.script import segment_nodes
+
+    plan = prepared.plan
+    widest = max(len(replica.nodes) for replica in plan.replicas)
+    if plan.site.slurm.segment and widest > 1 and segment_nodes(plan) is None:
+        warn(
+            f"`slurm.segment` can't be kept: no division of {plan.nodes} nodes leaves every replica whole,"
+            f" so Slurm may put a replica's {widest} nodes into several blocks",
+            f"ask for a multiple of {widest} nodes, with replicas that fill each {widest} of them",
         )
 
 

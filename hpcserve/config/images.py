@@ -10,6 +10,7 @@ from .site import ContainerSite
 
 _FILE = re.compile(r"[~/.$].*|.*\.(sif|sqsh|squashfs|img)")
 _SCHEME = re.compile(r"([a-z]+)://(.*)", re.DOTALL)
+_DOCKER_HUB = ("docker.io", "index.docker.io")
 SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
 
 
@@ -28,8 +29,10 @@ class Reference:
         return f"{self.scheme}://{'/'.join(filter(None, (self.registry, self.name)))}"
 
     def for_enroot(self) -> str:
-        """enroot sets the registry apart by a `#` (doc/cmd/import.md)."""
-        return f"docker://{'#'.join(filter(None, (self.registry, self.name)))}"
+        """enroot sets the registry apart by a `#` (doc/cmd/import.md). Its default is Docker Hub, whose other
+        names it does not know (up to 4.1): they answer with a web page."""
+        registry = None if self.registry in _DOCKER_HUB else self.registry
+        return f"docker://{'#'.join(filter(None, (registry, self.name)))}"
 
 
 def reference(image: str) -> Reference | None:

@@ -94,6 +94,15 @@ class KvOffloadSpec:
     disk_gib: float | None = key(
         "Disk of a node, in GiB, in the site's `storage.node_local`. Default: none.", None, minimum=0.001
     )
+    shared_gib: float | None = key(
+        "Size, in GiB, of the site's `storage.kv`, where KV blocks outlive the run, and all replicas and"
+        " later runs find them; other models' and other runs' blocks there count as well. Default: none.",
+        None,
+        minimum=0.001,
+    )
+    answers: bool = key(
+        "Keep the KV blocks of answers as well as those of prompts, for conversations that go on.", False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +164,9 @@ class ModelSpec:
         kind="duration",
     )
     kv_offload: KvOffloadSpec | None = key(
-        "Keep KV blocks in the nodes' memory, and on their disks, when the GPUs have no room for them.", None
+        "Keep KV blocks in the nodes' memory, on their disks and on a shared file system, when the GPUs have"
+        " no room for them.",
+        None,
     )
     kv_preflight: bool = key(
         "Before models are loaded, move a test buffer by NIXL between all prefill and decode nodes, and warn"

@@ -55,6 +55,11 @@ class ModelFacts:
         return self.kv_values * self.num_hidden_layers * size
 
 
+_OF_STATES = (
+    "mamba_", "ssm_", "linear_", "hybrid_", "full_attention_interval", "attn_layer_", "attn_type_list",
+)  # fmt: skip
+"""Beginnings of keys of models in which only some layers have a KV cache. Qwen3-Next, Jamba, Nemotron-H, Kimi
+Linear and MiniMax-Text write such keys, and not all of them `layer_types`."""
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -173,7 +178,8 @@ def _kv_values(config: Mapping[str, Any]) -> int | None:
     """None where layers differ: those with a window or a state keep less than the others."""
     kinds = config.get("layer_types")
     windowed = config.get("sliding_window") and config.get("use_sliding_window") is not False
-    if windowed or (isinstance(kinds, list) and set(kinds) != {"full_attention"}):
+    stateful = any(name.startswith(_OF_STATES) for name in config)
+    if windowed or stateful or (isinstance(kinds, list) and set(kinds) != {"full_attention"}):
         return None
     latent = _integer(config, "kv_lora_rank")
     if latent is not None:  # DeepSeek-V2, arXiv:2405.04434, section 2.1

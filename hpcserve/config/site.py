@@ -111,6 +111,7 @@ class NodeType(Provenance):
     gpu_memory_gib: int | None = key("Memory of one GPU, in GiB.", None, minimum=1)
     memory_gib: int | None = key("Memory of a node, in GiB, that a job may use.", None, minimum=1)
     cpu_engines: int = key("Engines one node may run when `device: cpu`.", 1, minimum=1)
+    nvlink_domain_nodes: int = key("Nodes that share one NVLink domain (18 on NVL72).", 1, minimum=1)
     partition: str | None = key("Partition.", None)
     qos: str | None = key("QOS.", None)
     constraint: str | None = key("Node feature expression.", None)
@@ -172,6 +173,11 @@ class StorageSite(Provenance):
     )
     node_local: str = key("Fast private directory on a node. $VARS are expanded there.", "/tmp")
     stage: bool = key("Stage models to `node_local`, unless model.yaml says otherwise with `stage`.", False)
+    kv: str | None = key(
+        "Directory of KV blocks that outlive a run (`kv_offload.shared_gib`): yours alone, on a file system"
+        " that all nodes share. ~ and $VARS are expanded where the launch is typed.",
+        None,
+    )
     keep_staged: bool = key("Leave staged models on the nodes at a job's end, for the next one.", True)
 
 
@@ -231,5 +237,5 @@ class Site:
         return replace(self, node=node, slurm=slurm)
 
 
-_NODE_OF_A_TYPE = ("gpus", "gpu", "gpu_memory_gib", "memory_gib", "cpu_engines")
+_NODE_OF_A_TYPE = ("gpus", "gpu", "gpu_memory_gib", "memory_gib", "cpu_engines", "nvlink_domain_nodes")
 _SLURM_OF_A_TYPE = ("partition", "qos", "memory", "max_nodes")

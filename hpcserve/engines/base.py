@@ -47,6 +47,7 @@ class EngineContext:
     python: str = "python"
     scratch: str = "$TMPDIR"
     """Node-local private directory of this replica."""
+    run_dir: str = "$RUN_DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,8 @@ class Failure:
     """What an engine's log says about its death."""
 
     cause: str
-    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `disk-full`, `mpi`, `nixl`, `unknown`."""
+    """`port-taken`, `out-of-memory`, `model-missing`, `bad-flag`, `kv-directory`, `disk-full`, `mpi`, `nixl`,
+    `unknown`."""
     message: str
     hint: str
     retry: bool
@@ -92,6 +94,8 @@ class Engine(ABC):
     it."""
     key_variable: ClassVar[str]
     """Environment variable the engine reads its API key from."""
+    nvlink_flag: ClassVar[str | None] = None
+    """What its command gets where KV blocks cross NVLink to other nodes."""
     health_path: ClassVar[str] = "/health"
     metrics_path: ClassVar[str] = "/metrics"
     metrics_wait: ClassVar[float] = 0.0

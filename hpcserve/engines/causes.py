@@ -42,6 +42,12 @@ CAUSES: tuple[Cause, ...] = (
         retry=True,
     ),
     _cause(
+        "kv-directory",
+        r"hpcserve\.errors\.StorageError: |so KV blocks have no name",
+        "set `storage.kv` of the site to a directory of yours alone, on a file system that all nodes share; "
+        "or leave `kv_offload.shared_gib` out",
+    ),
+    _cause(
         "disk-full",
         r"no space left on device|ENOSPC|errno 28\b|disk quota exceeded|errno 122\b",
         "free space on that file system, or point `storage.node_local` of the site at another",
@@ -82,7 +88,9 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "mpi",
-        r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault)",
+        # Of a rank that a signal ended, its launcher ends with the signal's number above 128.
+        r"^srun: error: .*\btasks? [\d,-]+: (Killed|Terminated|Aborted|Segmentation fault"
+        r"|Exited with exit code 1(34|35|37|39|43)$)",
         "one of the replica's ranks died, and the others with it; if it was killed, its node may have run "
         "out of memory: `sacct -o MaxRSS,State` tells",
         retry=True,

@@ -219,14 +219,22 @@ def _host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
+def _threads(cores: tuple[int, ...]) -> dict[str, str]:
+    """SGLang binds its threads to cores only where its kernels for CPUs are (distributed/bootstrap.py,
+    _init_cpu_threads_env). Elsewhere PyTorch's pool would have a thread for each core of the machine, and
+    pools that share cores wait for each other at the end of every operation."""
+    return {_CORES: ",".join(map(str, cores)), "OMP_NUM_THREADS": str(len(cores))}
+
+
 def _environment(context: EngineContext) -> dict[str, str]:
     """Later ones win: what hpcserve derives, the node's fabric, the site, model.yaml, the pool."""
     env = {"SGLANG_CACHE_DIR": f"{context.scratch}/sglang", **variables.common(context)}
     if context.plan.device == "cpu":
         if context.replica.role != "aggregated":
             env[HOST_KV] = "1"
-        if context.cpus:
-            env[_CORES] = ",".join(map(str, context.cpus))
+        # On the CPU an engine of SGLang is one worker (plan/abilities.py).
+        for cores in filter(None, context.cpus):
+            env |= _threads(cores)
     env |= variables.given(context, OWN_VARIABLES)
     # Where decode engines find the ranks of a prefill engine (disaggregation/common/conn.py).
     env["SGLANG_HOST_IP"] = context.address

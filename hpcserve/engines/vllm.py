@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..plan.offload import cpu_bytes, disk_bytes
 from ..plan.plan import ReplicaPlan
-from . import arguments, progress, variables
+from . import arguments, progress, variables, vllm_tiers
 from .base import EngineCommand, EngineContext
 from .kv_events import endpoints
 from .nixl_protocol import NixlEngine
@@ -71,7 +70,6 @@ OWN_VARIABLES = frozenset(
         "CUDA_VISIBLE_DEVICES",
     }
 )
-_DISK = "kv-blocks"
 CPU_KV_GIB = 2
 """vLLM would take most of the node's memory for the KV cache of each engine on device cpu."""
 
@@ -93,6 +91,8 @@ _PROGRESS: tuple[progress.Says, ...] = (
 class VLLM(NixlEngine):
     name = "vllm"
     key_variable = "VLLM_API_KEY"
+    # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
+    nvlink_flag = "--enable-cumem-allocator"
     shared_ports = frozenset({"master", "dp_rpc"})
 
     def ports(self, replica: ReplicaPlan) -> Mapping[str, int]:
@@ -125,8 +125,7 @@ class VLLM(NixlEngine):
         return endpoints.in_directory(context.scratch, ranks)
 
     def disk_tier(self, context: EngineContext) -> tuple[str, int] | None:
-        size = disk_bytes(context.plan, context.replica)
-        return (f"{context.scratch}/{_DISK}", size) if size else None
+        return vllm_tiers.disk_tier(context)
 
     def progress(self, line: str) -> str | None:
         return progress.told(line, _PROGRESS)
@@ -165,8 +164,7 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     if transfer is not None:
         yield from ("--kv-transfer-config", arguments.compact(transfer))
     if context.kv_over_nvlink and not {"enable-cumem-allocator", "no-enable-cumem-allocator"} & set(args):
-        # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
-        yield "--enable-cumem-allocator"
+        yield VLLM.nvlink_flag
     if events:
         yield from ("--kv-events-config", arguments.compact(endpoints.config(context.scratch)))
     yield from ("--shutdown-timeout", str(max(1, plan.site.slurm.kill_wait // 2)))
@@ -194,9 +192,29 @@ def _parallel(context: EngineContext) -> Iterator[str]:
 
 
 def _transfer(context: EngineContext) -> dict[str, Any] | None:
-    """KVTransferConfig: the way between prefill and decode, and KV tiers, or both."""
+    """KVTransferConfig, with the name that the engine has for others."""
+    transfer, name = _connectors(context), _engine_id(context)
+    return transfer if transfer is None or name is None else {**transfer, "engine_id": name}
+
+
+def _engine_id(context: EngineContext) -> str | None:
+    """Each process makes one up, and appends its data-parallel rank. Where a rank has several, they must say
+    the same, or decode refuses the blocks of all but the first (nixl/base_worker.py, _nixl_handshake); those
+    without the rank's scheduler append nothing (v1/engine/core.py, run_engine_core)."""
+    replica = context.replica
+    span = len(replica.nodes) // replica.data_parallel
+    if span < 2:
+        return None
+    # A start has ports of its own, and so a name: what others know of the one before is not about it.
+    name = f"{replica.name}-{context.head_address}-{context.ports['master']}"
+    rank, follows = divmod(context.node, span)
+    return f"{name}_dp{rank}" if follows and replica.data_parallel > 1 else name
+
+
+def _connectors(context: EngineContext) -> dict[str, Any] | None:
+    """The way between prefill and decode, and KV tiers, or both."""
     nixl = None if context.replica.role == "aggregated" else _nixl(context)
-    tiers = _tiers(context) if cpu_bytes(context.plan, context.replica) else None
+    tiers = vllm_tiers.tiers(context, OWN_VARIABLES)
     if nixl is None or tiers is None:
         return nixl or tiers
     # Blocks are loaded from the first that has them, and saved to all. What to do when that fails is asked of
@@ -207,30 +225,6 @@ def _transfer(context: EngineContext) -> dict[str, Any] | None:
         "kv_buffer_device": nixl["kv_buffer_device"],
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"connectors": [nixl, tiers]},
-    }
-
-
-def _tiers(context: EngineContext) -> dict[str, Any]:
-    """vLLM's OffloadingConnector. Its events must have their tokens, or nobody knows what they are about."""
-    plan, replica = context.plan, context.replica
-    extra: dict[str, Any] = {
-        "cpu_bytes_to_use": cpu_bytes(plan, replica),
-        "self_describing_kv_events": True,
-    }
-    if disk_bytes(plan, replica):
-        # No events of the disk: vLLM does not know which files hpcserve removes (node/agent/kv_disk.py).
-        extra["spec_name"] = "TieringOffloadingSpec"
-        extra["secondary_tiers"] = [
-            {"type": "fs", "root_dir": f"{context.scratch}/{_DISK}", "enable_kv_events": False}
-        ]
-    if plan.device == "cpu":
-        extra["spec_name"] = "HostOffloadingSpec"
-        extra["spec_module_path"] = "hpcserve.engines.vllm_offload"
-    return {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": extra,
     }
 
 

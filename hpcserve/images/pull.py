@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -109,7 +110,7 @@ def pull(
 
     directory = image.path.with_name(f".{image.path.name}.lock")
     with lock.hold(directory, waiting=waiting, silence=silence, heartbeat=heartbeat) as held:
-        _sweep(image, held)
+        _sweep(image, held, say)
         if image.path.exists():
             check_image(image.path, runtime=image.runtime, arch=image.arch)
             _check_size(image)
@@ -119,7 +120,7 @@ def pull(
             _fetch(image, work, program, environ)
             _publish(image, work, program, held)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work, say)
     return True
 
 
@@ -134,11 +135,33 @@ def _program(runtime: Runtime, environ: Mapping[str, str]) -> str:
     )
 
 
-def _sweep(image: Image, held: lock.Lock) -> None:
+def _sweep(image: Image, held: lock.Lock, say: Callable[[str], None]) -> None:
     """Remove what owners left who died: nobody but the holder of the lock works here."""
     for left in image.path.parent.glob(f".{image.path.name}.part-*"):
         if not left.name.endswith(held.token):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left, say)
+
+
+def _remove(directory: Path, say: Callable[[str], None]) -> None:
+    """Remove what a pull left; what resists is told. Layers may have directories their owner can't write."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():
+        return
+    for parent, names, _ in os.walk(directory):
+        for name in names:
+            path = os.path.join(parent, name)
+            with suppress(OSError):
+                if not os.path.islink(path):
+                    os.chmod(path, 0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        sizes = []
+        for parent, _, names in os.walk(directory):
+            for name in names:
+                with suppress(OSError):
+                    sizes.append(os.lstat(os.path.join(parent, name)).st_size)
+        say(f"warning: {directory} can't be removed; what can be seen there has {sum(sizes)} bytes")
+        say(f"hint: it is of no use any more: remove it by hand (`rm -rf {directory}`)")
 
 
 def _fetch(image: Image, work: Path, program: str, environ: Mapping[str, str]) -> None:

@@ -26,13 +26,21 @@ class Abilities:
     """On `device: cpu`, one replica can have several workers, as it has several GPUs elsewhere."""
     cpu_experts: bool = False
     """On `device: cpu`, data-parallel ranks can share a model's experts."""
+    expert_copies: bool = False
+    """Data-parallel ranks on one node have all experts each, without expert parallelism."""
+    staged_prefill: bool = True
+    """Prefill can have several pipeline stages."""
     staged_decode: bool = False
     """Decode can have as many pipeline stages as prefill; else it has one."""
+    narrows_repeated_heads: bool = True
+    """Where prefill has more GPUs than the model has KV heads, decode can have fewer than prefill."""
 
 
 ABILITIES: Mapping[str, Abilities] = {
-    "vllm": Abilities(title="vLLM", kv_offload=True, cpu_workers=True),
-    "sglang": Abilities(title="SGLang", staged_decode=True),
+    "vllm": Abilities(
+        title="vLLM", kv_offload=True, cpu_workers=True, staged_prefill=False, narrows_repeated_heads=False
+    ),
+    "sglang": Abilities(title="SGLang", expert_copies=True, staged_decode=True),
     "tensorrt-llm": Abilities(title="TensorRT-LLM", by_step=True, staged_decode=True),
     "fake": Abilities(
         title="the fake engine", spans_nodes=False, weights=False, nixl=False, cpu_workers=True

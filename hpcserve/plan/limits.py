@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..config.model import ModelSpec
 from ..config.site import ContainerSite, Site
 from ..errors import PlanError
@@ -41,8 +43,12 @@ def check_site(site: Site) -> None:
         )
 
 
-_HIDING = frozenset({"--cleanenv", "-e", "--containall", "-C"})
-"""Flags of Apptainer that keep the job's environment outside."""
+_HIDING = frozenset({"--cleanenv", "-e", "--containall", "-C", "--compat"})
+"""Flags of Apptainer that keep the job's environment outside; --compat is --containall and more."""
+_WITH_VALUE = "BHSWo"
+"""Short flags after which the rest of a word is their value."""
+_FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+"""What Apptainer takes for no (Go's ParseBool)."""
 
 
 def _check_container(name: str, container: ContainerSite) -> None:
@@ -51,13 +57,28 @@ def _check_container(name: str, container: ContainerSite) -> None:
             f"site {name} has container.agent: outside, and pyxis puts whole steps of a job into a container",
             hint="use an image that has hpcserve too, with `agent: inside`, or `runtime: apptainer`",
         )
-    hiding = [flag for flag in container.args if flag in _HIDING]
+    hiding = [flag for word in container.args for flag in switched_on(word) if flag in _HIDING]
     if container.runtime == "apptainer" and hiding:
         raise PlanError(
             f"site {name} has {hiding[0]} in container.args: programs inside would not know their rank, "
             "GPUs and network",
             hint="leave it out: Python's and the loader's variables of the node are kept outside anyway",
         )
+
+
+def switched_on(word: str) -> Iterator[str]:
+    """Flags that a word of Apptainer's command line switches on: `-Ce` is two."""
+    if word.startswith("--"):
+        name, _, value = word.partition("=")
+        if value not in _FALSE:
+            yield name
+    elif word.startswith("-"):
+        letters, _, value = word[1:].partition("=")
+        for number, letter in enumerate(letters, 1):
+            if letter in _WITH_VALUE:
+                return
+            if number < len(letters) or value not in _FALSE:
+                yield f"-{letter}"
 
 
 def check_nodes(site: Site, nodes: int, where: str) -> None:

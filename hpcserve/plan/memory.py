@@ -14,18 +14,18 @@ TIGHT = 0.9
 """Part that weights and KV cache can take at all; vLLM 0.32's gpu-memory-utilization is 0.92 by default."""
 
 
-def weights_per_gpu(facts: ModelFacts, *, ranks: int, data: int, expert: bool) -> float | None:
+def weights_per_gpu(facts: ModelFacts, *, ranks: int, data: int, spread: bool) -> float | None:
     """Bytes of the weights on one GPU; None where the model's size is not known.
 
-    `ranks`: GPUs of one data-parallel rank, which share all weights. Expert parallelism spreads the routed
-    experts over all `data` of them as well, and nothing else: each keeps its own attention and dense layers.
+    `ranks`: GPUs of one data-parallel rank, which share all weights. `spread`: the `data` ranks share the
+    routed experts as well, and nothing else: each keeps its own attention and dense layers.
     """
     if not facts.weight_bytes:
         return None
-    if not expert:
+    if not spread:
         return facts.weight_bytes / ranks
-    spread = facts.expert_bytes if facts.expert_bytes is not None else facts.weight_bytes
-    return (facts.weight_bytes - spread) / ranks + spread / (ranks * data)
+    experts = facts.expert_bytes if facts.expert_bytes is not None else facts.weight_bytes
+    return (facts.weight_bytes - experts) / ranks + experts / (ranks * data)
 
 
 def kv_bytes_per_gpu(facts: ModelFacts, *, tensor: int, pipeline: int) -> float | None:

@@ -1,8 +1,8 @@
-"""How much of a node's memory and disk keeps KV blocks that left the GPUs, and each engine's share."""
+"""Where KV blocks that left the GPUs are kept, how much of them, and each engine's share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..config.model import KvOffloadSpec
@@ -21,7 +21,7 @@ MOST_CPU = 0.8
 
 
 def choose_offload(
-    request: PlanRequest, sites: Iterable[Site], device: str, notes: Notes
+    request: PlanRequest, sites: Iterable[Site], replicas: Sequence[ReplicaPlan], notes: Notes
 ) -> KvOffloadSpec | None:
     """`kv_offload` with its size filled in; `sites` as the pools' nodes show them. Raises PlanError."""
     spec = request.model.kv_offload
@@ -36,13 +36,20 @@ def choose_offload(
             f"kv_offload is set, but hpcserve has no KV tiers for {able.title}",
             hint="leave `kv_offload` out, or use `engine: vllm`",
         )
-    if spec.disk_gib is not None and device == "cpu":
-        raise PlanError(
-            "kv_offload.disk_gib is set, but on device cpu vLLM has no disk tier",
-            hint="leave `kv_offload.disk_gib` out",
-        )
+    _check_files(spec, replicas)
     if spec.disk_gib is not None:
         notes.model("kv_offload.disk_gib", spec.disk_gib)
+    if spec.shared_gib is not None:
+        if request.site.storage.kv is None:
+            raise PlanError(
+                f"kv_offload.shared_gib is set, but site {request.site.name} does not say where",
+                hint="set `storage: {kv: …}` in the site config to a directory of yours on a file system that"
+                " all nodes share",
+            )
+        notes.model("kv_offload.shared_gib", spec.shared_gib)
+        notes.site("storage.kv", request.site.storage.kv, "storage.kv")
+    if spec.answers:
+        notes.model("kv_offload.answers", spec.answers)
     if spec.cpu_gib is not None:
         if memory is not None and spec.cpu_gib > MOST_CPU * memory:
             raise PlanError(
@@ -63,6 +70,20 @@ def choose_offload(
     return replace(spec, cpu_gib=size)
 
 
+def _check_files(spec: KvOffloadSpec, replicas: Sequence[ReplicaPlan]) -> None:
+    """vLLM 0.32 reads and writes a rank's files on the rank's first node (v1/kv_offload/tiering/spec.py,
+    get_manager), from memory in which only the workers of that node put their parts."""
+    for name in ("disk_gib", "shared_gib"):
+        wide = next((one for one in replicas if len(one.nodes) > one.data_parallel), None)
+        if getattr(spec, name) is not None and wide is not None:
+            raise PlanError(
+                f"kv_offload.{name} is set, but a rank of {wide.name} spans "
+                f"{len(wide.nodes) // wide.data_parallel} nodes, and vLLM writes the first one's part alone",
+                hint=f"leave `kv_offload.{name}` out, or choose a `tensor_parallel` and `pipeline_parallel` "
+                "that fit on one node",
+            )
+
+
 def cpu_bytes(plan: Plan, replica: ReplicaPlan) -> int:
     """What vLLM is told for one data-parallel rank of a replica; 0: no KV tiers.
 
@@ -80,6 +101,17 @@ def disk_bytes(plan: Plan, replica: ReplicaPlan) -> int:
     """Disk of one replica on each of its nodes; 0: no disk tier."""
     spec = plan.model.kv_offload
     return 0 if spec is None else int((spec.disk_gib or 0.0) * GIB / _neighbours(plan, replica))
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Of the whole directory that runs share; 0: no such tier."""
+    spec = plan.model.kv_offload
+    return 0 if spec is None else int((spec.shared_gib or 0.0) * GIB)
+
+
+def kv_writers(plan: Plan) -> int:
+    """Processes of a run that write into it: each data-parallel rank's scheduler."""
+    return sum(replica.data_parallel for replica in plan.replicas)
 
 
 def _neighbours(plan: Plan, replica: ReplicaPlan) -> int:

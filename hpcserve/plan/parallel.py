@@ -40,6 +40,8 @@ class Shape:
     expert: bool
     slots: int
     """GPUs (or worker slots) of a whole node, to count nodes with."""
+    copies: bool = False
+    """The engine's `expert_copies`."""
 
     @property
     def width(self) -> int:
@@ -51,10 +53,13 @@ class Shape:
         """Nodes of one replica."""
         return -(-self.width // self.slots)
 
-    @property
-    def weight_shards(self) -> int:
-        """GPUs that share one copy of the weights."""
-        return self.tensor * self.pipeline * (self.data if self.expert else 1)
+    def spreads(self, facts: ModelFacts) -> bool:
+        """Whether data-parallel ranks share the routed experts.
+
+        They do without expert parallelism, too: tensor parallelism of the experts is over all ranks
+        (vLLM 0.32: FusedMoEParallelConfig.make; SGLang 0.5.23 with --attn-dp-size; TensorRT-LLM 1.2).
+        """
+        return self.expert or bool(facts.num_experts and not (self.copies and self.span == 1))
 
     def formula(self) -> str:
         parts = [f"tensor_parallel {self.tensor}"]
@@ -78,6 +83,14 @@ def choose_shape(
     `partner` is the tensor_parallel given for the other role when both share one node.
     """
     key = f"{role}.tensor_parallel"
+    shape = Shape(
+        tensor=1,
+        pipeline=spec.pipeline_parallel,
+        data=spec.data_parallel,
+        expert=spec.expert_parallel,
+        slots=node_slots,
+        copies=ABILITIES[machine.engine].expert_copies,
+    )
     if spec.tensor_parallel is not None:
         tensor = spec.tensor_parallel
         notes.model(key, tensor)
@@ -85,15 +98,9 @@ def choose_shape(
         tensor = partner
         notes.derived(key, tensor, "as the other role's, which shares the node")
     else:
-        tensor, reason = _derive_tensor(spec, facts, machine)
+        tensor, reason = _derive_tensor(shape, facts, machine)
         notes.derived(key, tensor, reason)
-    shape = Shape(
-        tensor=tensor,
-        pipeline=spec.pipeline_parallel,
-        data=spec.data_parallel,
-        expert=spec.expert_parallel,
-        slots=node_slots,
-    )
+    shape = replace(shape, tensor=tensor)
     _check_device(role, shape, machine)
     _check_cpu_experts(role, shape, facts, machine)
     _check_heads(role, shape, facts)
@@ -102,10 +109,10 @@ def choose_shape(
     return shape
 
 
-def _derive_tensor(spec: RoleSpec, facts: ModelFacts | None, machine: Machine) -> tuple[int, str]:
+def _derive_tensor(shape: Shape, facts: ModelFacts | None, machine: Machine) -> tuple[int, str]:
     if machine.device == "cpu":
         return 1, "one worker per engine on device cpu"
-    others = spec.pipeline_parallel * spec.data_parallel
+    others = shape.pipeline * shape.data
     sizes = [
         size
         for size in range(1, machine.slots + 1)
@@ -117,8 +124,7 @@ def _derive_tensor(spec: RoleSpec, facts: ModelFacts | None, machine: Machine) -
         return sizes[-1], f"{unknown} is not known, so as many of {machine.slots} GPUs as the model allows"
     assert facts is not None
     for size in sizes:
-        ranks = size * spec.pipeline_parallel
-        each = weights_per_gpu(facts, ranks=ranks, data=spec.data_parallel, expert=spec.expert_parallel)
+        each = _weights_each(replace(shape, tensor=size), facts)
         if size & (size - 1) == 0 and each is not None and each <= COMFORTABLE * machine.gpu_bytes:
             return size, (
                 f"smallest power of two whose GPUs hold {gib(weights)} of weights in "
@@ -230,8 +236,9 @@ def _check_memory(role: Role, shape: Shape, facts: ModelFacts | None, machine: M
     if each <= room:
         notes.derived(f"{role}.gpu_memory", *_use_of_memory(shape, facts, machine.gpu_bytes, each))
         return
+    shards = shape.width if shape.spreads(facts) else shape.tensor * shape.pipeline
     raise PlanError(
-        f"{role}: {gib(facts.weight_bytes or 0)} of weights over {count(shape.weight_shards, 'GPU')} is "
+        f"{role}: {gib(facts.weight_bytes or 0)} of weights over {count(shards, 'GPU')} is "
         f"{gib(each)} each, but a GPU has {gib(machine.gpu_bytes)}",
         hint=_memory_remedy(role, shape, facts, machine, room),
     )
@@ -241,7 +248,7 @@ def _weights_each(shape: Shape, facts: ModelFacts | None) -> float | None:
     if facts is None:
         return None
     ranks = shape.tensor * shape.pipeline
-    return weights_per_gpu(facts, ranks=ranks, data=shape.data, expert=shape.expert)
+    return weights_per_gpu(facts, ranks=ranks, data=shape.data, spread=shape.spreads(facts))
 
 
 def _use_of_memory(shape: Shape, facts: ModelFacts, gpu_bytes: int, weights: float) -> tuple[str, str]:
@@ -252,7 +259,7 @@ def _use_of_memory(shape: Shape, facts: ModelFacts, gpu_bytes: int, weights: flo
     reason = f"{TIGHT:.0%} of {gib(gpu_bytes)}; activations, buffers and CUDA graphs take some of the rest"
     if token is not None:
         reason += f"; a token is {token / 1024:.1f} KiB on each GPU"
-    if shape.expert and shape.data > 1 and facts.expert_bytes is not None:
+    if shape.spreads(facts) and shape.data > 1 and facts.expert_bytes is not None:
         dense = gib((facts.weight_bytes or 0) - facts.expert_bytes)
         spread = count(shape.tensor * shape.data, "GPU")
         reason += f"; {gib(facts.expert_bytes)} are experts on {spread}; each rank has the other {dense}"

@@ -9,7 +9,6 @@ from typing import Any
 from ..config.model import Role, RoleSpec
 from ..config.site import Site
 from ..errors import PlanError
-from .abilities import ABILITIES
 from .components import (
     Device,
     check_heterogeneous,
@@ -22,6 +21,7 @@ from .explain import Notes, duration
 from .limits import check_kv_path, check_nodes, check_site, check_step, check_walltime
 from .memory import GIB
 from .offload import choose_offload
+from .pair import check_pair
 from .parallel import Machine, Shape, choose_shape
 from .placement import place_pair, place_pool, size_pool
 from .plan import Plan, ReplicaPlan
@@ -62,7 +62,7 @@ def make_plan(request: PlanRequest) -> Plan:
         check_kv_path(site, model.engine, nodes)
     placed, pool_nodes = _place(request, sites, roles, wishes, nodes, slots, device, notes)
     stage = _stage(request, notes)
-    kv_offload = choose_offload(request, sites.values(), device, notes)
+    kv_offload = choose_offload(request, sites.values(), placed, notes)
     used = {
         role: _slots_asked(
             at, device, slots[role], [one for one in placed if not different or one.role == role]
@@ -238,7 +238,7 @@ def _place(
         )
         check_step(site, model.engine, role, shapes[role].span, alike=not differ(roles))
     if len(roles) == 2:
-        _check_pair(model.engine, shapes)
+        check_pair(model.engine, shapes, request.facts)
     may_idle = device == "cpu" or (site.scheduler == "slurm" and not site.slurm.exclusive)
     share = prefill_share(model.workload)
     if one_node_pair and len(wishes) < 2:
@@ -268,31 +268,6 @@ def _room(role: Role, roles: dict[Role, RoleSpec], slots: int) -> int:
 
 def _partner(role: Role, roles: dict[Role, RoleSpec]) -> int | None:
     return roles["decode" if role == "prefill" else "prefill"].tensor_parallel
-
-
-def _check_pair(engine: str, shapes: dict[Role, Shape]) -> None:
-    """What NIXL between two engines can't do."""
-    prefill, decode, able = shapes["prefill"], shapes["decode"], ABILITIES[engine]
-    if not able.nixl:
-        return
-    if decode.pipeline > 1 and not (able.staged_decode and decode.pipeline == prefill.pipeline):
-        several = (
-            "another number of pipeline stages than prefill"
-            if able.staged_decode
-            else "more than one pipeline stage"
-        )
-        raise PlanError(
-            f"decode.pipeline_parallel is {decode.pipeline}, but {able.title}'s NIXL connector "
-            f"can't receive KV blocks with {several}",
-            hint="use `decode: {pipeline_parallel: 1}` and a larger tensor_parallel",
-        )
-    small, large = sorted((prefill.tensor, decode.tensor))
-    if large % small:
-        raise PlanError(
-            f"prefill.tensor_parallel is {prefill.tensor} and decode.tensor_parallel {decode.tensor}, "
-            "but for KV transfer one must divide the other",
-            hint=f"set both to {large}, or one to a multiple of the other",
-        )
 
 
 def _slots_asked(site: Site, device: Device, slots: int, placed: list[ReplicaPlan]) -> int:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 from .. import engines
 from ..engines.base import Engine, EngineCommand, EngineContext
+from ..plan.offload import shared_bytes
 from ..plan.plan import Plan, ReplicaPlan
 from .engine_step import srun_words
 from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|SCRATCH|PYTHON"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|RUN_DIR|SCRATCH|PYTHON"
     r"|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
@@ -71,12 +72,14 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   ADDRESS       this node's address that the other nodes reach",
         "#   …_PORT        ports bound on this node",
         "#   SCRATCH       private directory on this node",
+        *(["#   RUN_DIR       the run directory"] if shared_bytes(plan) else []),
         *(
             ["#   MODEL         the staged copy of the model on each node, from staged.json"]
             if plan.model.stage
             else []
         ),
         "#   transport variables (UCX_NET_DEVICES, …) found on the node are added",
+        *_nvlink_lines(plan, engine),
         *(["#   NODES         Slurm's names of the replica's nodes", _STEP_NOTE] if stepped else []),
         f"#   {engine.key_variable}  the job key, from secrets/job-key",
         *_container_lines(plan),
@@ -84,6 +87,13 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "",
     ]
     return "\n".join([*head, *_blocks(plan, engine, placed)])
+
+
+def _nvlink_lines(plan: Plan, engine: Engine) -> list[str]:
+    flag = engine.nvlink_flag
+    if flag is None or plan.site.node.nvlink_domain_nodes == 1:
+        return []
+    return [f"#   {flag} is added where KV blocks cross NVLink to other nodes"]
 
 
 def _container_lines(plan: Plan) -> list[str]:

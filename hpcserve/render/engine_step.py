@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from ..plan.plan import Plan, ReplicaPlan
 from .gpus import gpu_request
 
+_LAST_RANK = 30
+"""Seconds from the end of a replica's first rank to that of its last. Without it srun waits for ever, where
+the site's WaitTime is not set."""
+
 
 def srun_words(plan: Plan, replica: ReplicaPlan, nodes: str) -> Iterator[str]:
     """`srun` and its flags: one task for each GPU, and the ranks of a node one after the other.
@@ -22,5 +26,6 @@ def srun_words(plan: Plan, replica: ReplicaPlan, nodes: str) -> Iterator[str]:
     yield from (f"--ntasks={each * len(replica.nodes)}", f"--ntasks-per-node={each}")
     yield from ("--distribution=block", "--cpu-bind=none")
     yield from gpu_request(plan.device, plan.site.slurm, plan.slots_per_node)
-    # Ranks of one replica live and die together.
-    yield from ("--kill-on-bad-exit=1", "--input=none", "--export=ALL", "--chdir=/")
+    # Ranks of one replica live and die together, also those of a replica that ends without an error.
+    yield from ("--kill-on-bad-exit=1", f"--wait={_LAST_RANK}")
+    yield from ("--input=none", "--export=ALL", "--chdir=/")

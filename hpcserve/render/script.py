@@ -14,7 +14,15 @@ from ..plan.explain import duration
 from ..plan.plan import RENDEZVOUS_TIMEOUT, Component, Plan
 from ..plan.preflight import PREFLIGHT_WAIT, has_preflight
 from . import quoting
-from .containers import FOREIGN, NO_USER_SITE, apptainer_words, pyxis_words
+from .containers import (
+    FOREIGN,
+    LIBRARIES,
+    NO_USER_SITE,
+    apptainer_words,
+    hides_devices,
+    image_libraries,
+    pyxis_words,
+)
 from .gpus import gpu_request
 from .quoting import Expanding
 from .summary import layout_line
@@ -34,6 +42,8 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
     slurm = site.scheduler == "slurm"
     step = _step(plan, run_dir)
     alone = {NO_USER_SITE: "1"} if container != "none" and not outside else {}
+    if container == "apptainer" and not outside and LIBRARIES in site.setup.env:
+        alone |= image_libraries(site.setup.env[LIBRARIES])
     return _template("job.sh.j2").render(
         plan=plan,
         slurm=slurm,
@@ -50,6 +60,7 @@ def render_script(plan: Plan, run_dir: str | Path, *, python: str = sys.executab
         container=container,
         inside=apptainer_words(plan, run_dir) if container == "apptainer" and not outside else [],
         outside=outside,
+        hides_devices=hides_devices(plan),
         foreign=_foreign(plan) if container != "none" and not outside else (),
         step=["srun", *step],
         head_step=[*_head_step(plan), *pyxis_words(plan, run_dir)] if container == "pyxis" else [],
@@ -72,7 +83,7 @@ def _foreign(plan: Plan) -> tuple[str, ...]:
     """What must not reach the image. LD_LIBRARY_PATH Apptainer itself may need, and keeps outside."""
     kept = set(plan.site.setup.env)
     if plan.site.container.runtime == "apptainer":
-        kept.add("LD_LIBRARY_PATH")
+        kept.add(LIBRARIES)
     return tuple(name for name in FOREIGN if name not in kept)
 
 

@@ -22,10 +22,12 @@ from . import routes
 from .call import Call, Raw
 from .disaggregated import needs_local_prefill
 from .flight import Flight
+from .pair_flight import PairFlight
 from .stream.asked import ask, count
 from .stream.pumping import Pumping, compiled
 
 if TYPE_CHECKING:
+    from ..engines.base import Engine
     from .app import Router
     from .workers import Worker
 
@@ -96,7 +98,7 @@ class FastPath:
             return None
         identity = router.keyring.identify(exchange)
         fields = calls.fields(exchange, body)
-        if not _usual(fields) or exchange.header(b"x-hpcserve-explain") is not None:
+        if not _usual(fields, engine.router_members) or exchange.header(b"x-hpcserve-explain") is not None:
             return None
         model = calls.value(fields, "model")
         if model is not None and not isinstance(model, str):
@@ -108,7 +110,7 @@ class FastPath:
         prefill: Sequence[Worker] = ()
         if serving.disaggregated:
             prefill = serving.with_role("prefill")
-            if engine.paired or not prefill or needs_local_prefill(fields) is not None:
+            if not prefill or _obstacle(engine, fields) is not None:
                 return None
         call = Call(
             exchange=exchange, route=route, request_id=calls.request_id(exchange),
@@ -133,7 +135,8 @@ class FastPath:
             return None
         call.ticket = ticket
         router.account.let_in(ticket, identity.name)
-        return Flight(self, call, demand, asked, ticket, prefill)
+        kind = PairFlight if prefill and engine.paired else Flight
+        return kind(self, call, demand, asked, ticket, prefill)
 
     def _watch(self) -> None:
         now = self.loop.time()
@@ -149,9 +152,18 @@ class FastPath:
             self.pump.close()
 
 
-def _usual(fields: Raw) -> bool:
-    """A stream of one answer to one prompt, with nothing in it that the task has to look into."""
+def _obstacle(engine: Engine, fields: Raw) -> str | None:
+    """Why a prefill and a decode worker can't answer this as they answer others."""
+    if engine.paired:
+        return engine.pair_obstacle(lambda name: calls.value(fields, name))
+    return needs_local_prefill(fields)
+
+
+def _usual(fields: Raw, refused: Sequence[str]) -> bool:
+    """A stream of one answer to one prompt, with nothing in it that the task must look into or refuse."""
     if fields.get("stream") != _TRUE or fields.get("n", _ONE) != _ONE or "use_beam_search" in fields:
+        return False
+    if not fields.keys().isdisjoint(refused):
         return False
     for name in _TELLING:
         if name in fields:

@@ -89,7 +89,7 @@ class Pairs:
         doubted: set[Worker] = set()
         first = 0
         if failure is not None:
-            gone.add(failure.worker)
+            _blame(failure, call.decisions[-1], gone, doubted)
             first = 1
         for attempt in range(first, call.attempts(self._legs.attempts)):
             decision = self._place(call, demand, gone, doubted)
@@ -106,11 +106,7 @@ class Pairs:
                 if delivery.started:
                     raise
                 failure = error
-                if error.fault not in ("status", "stream"):
-                    gone.add(error.worker)
-                elif decision.prefill is not None:
-                    # It answers, and says that the KV did not pass: either of the two may be why.
-                    doubted |= {decision.prefill, decision.answering}
+                _blame(error, decision, gone, doubted)
             else:
                 return decision
         if failure is not None:
@@ -173,6 +169,15 @@ class Pairs:
             for leg in (prefill, decode):
                 leg.cancel()
             await asyncio.gather(prefill, decode, return_exceptions=True)
+
+
+def _blame(failure: LegFailure, decision: Decision, gone: set[Worker], doubted: set[Worker]) -> None:
+    """Whom to ask no more (`gone`), or only where there is nobody else (`doubted`)."""
+    if failure.fault not in ("status", "stream"):
+        gone.add(failure.worker)
+    elif decision.prefill is not None:
+        # It answers, and says that the KV did not pass: either of the two may be why.
+        doubted |= {decision.prefill, decision.answering}
 
 
 def _check(prefill: asyncio.Task[None], answer: Collected) -> None:

@@ -223,6 +223,59 @@ def test_a_model_path_is_made_absolute_for_the_nodes(world: World) -> None:
     assert document["plan"]["model"]["model"] == str(world.home / "m")
 
 
+SHARED = """
+model: org/tiny
+engine: vllm
+device: cpu
+kv_offload: {cpu_gib: 1, shared_gib: 0.01}
+"""
+
+
+def test_the_directory_of_kv_blocks_is_made_when_the_job_is_submitted(world: World) -> None:
+    world.site("mine", "extends: test-cluster\nstorage: {kv: ~/scratch/kv}\n")
+    world.model.write_text(SHARED)
+    launch = (*LAUNCH, "--site", "mine")
+    document = json.loads(world(*launch, "--dry-run", "--json").out)
+    directory = world.home / "scratch/kv"
+    assert document["plan"]["site"]["storage"]["kv"] == str(directory)
+    assert not directory.exists()
+    assert world(*launch, "--no-wait").status == 0
+    assert directory.stat().st_mode & 0o777 == 0o700
+    world.model.write_text(SHARED.replace("0.01", "1e9"))
+    refused = world(*launch, "--no-wait")
+    assert refused.status != 0
+    assert f"kv_offload.shared_gib is 1e+09, but {directory} has room for" in refused.err
+    world.model.write_text(SHARED)
+    directory.chmod(0o755)
+    refused = world(*launch, "--no-wait")
+    assert "mode 0700" in refused.err and "chmod 700" in refused.err
+
+
+def test_a_directory_of_kv_blocks_that_no_variable_names(world: World) -> None:
+    world.site("mine", "extends: test-cluster\nstorage: {kv: $NOWHERE/kv}\n")
+    world.model.write_text(SHARED)
+    refused = world(*LAUNCH, "--site", "mine", "--dry-run")
+    assert refused.status != 0
+    assert "`storage.kv` of site mine: '$NOWHERE/kv' is not an absolute path" in refused.err
+
+
+@pytest.mark.parametrize(("decode", "told"), [(3, True), (2, False)])
+def test_a_segment_that_cannot_be_kept_is_told(world: World, decode: int, told: bool) -> None:
+    world.site(
+        "mine",
+        "extends: test-cluster\nslurm: {segment: true, max_nodes: 8}\nnode: {nvlink_domain_nodes: 2}\n",
+    )
+    world.model.write_text(
+        "model: org/tiny\nengine: vllm\ndevice: cpu\nprefill: {nodes: 2, tensor_parallel: 2}\n"
+        f"decode: {{nodes: {decode}, data_parallel: {decode}}}\n"
+    )
+    answer = world("launch", f"--nodes={2 + decode}", "--site=mine", "--no-wait", "model.yaml")
+    assert answer.status == 0, answer.err
+    assert ("warning: `slurm.segment` can't be kept: no division of 5 nodes" in answer.err) == told
+    [script] = world.runs.glob("*/job.sh")
+    assert ("--segment=2" in script.read_text()) != told
+
+
 def test_output_has_no_colour_codes_off_a_terminal(world: World) -> None:
     assert "\x1b" not in world("lunch").err
 

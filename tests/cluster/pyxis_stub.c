@@ -91,6 +91,11 @@ static int on_home(int val, const char *arg, int remote)
 	return 0;
 }
 
+static int on_remap(int val, const char *arg, int remote)
+{
+	return val ? -1 : 0;	/* the user keeps its uid here; enroot.conf may say otherwise */
+}
+
 static int on_writable(int val, const char *arg, int remote)
 {
 	writable = val;
@@ -104,6 +109,7 @@ static struct spank_option options[] = {
 	{ "container-env", "NAME,...", "[pyxis] variables that the image does not override", 1, 0, on_env },
 	{ "container-mount-home", NULL, "[pyxis] mount the home directory", 0, 1, on_home },
 	{ "no-container-mount-home", NULL, "[pyxis] do not mount it", 0, 0, on_home },
+	{ "no-container-remap-root", NULL, "[pyxis] do not remap to root", 0, 0, on_remap },
 	{ "container-writable", NULL, "[pyxis] writable root file system", 0, 1, on_writable },
 	{ "container-readonly", NULL, "[pyxis] read-only root file system", 0, 0, on_writable },
 	SPANK_OPTIONS_TABLE_END,

@@ -8,8 +8,6 @@ from .namespaces import LOGIN_ADDRESS, Host
 GPUS_PER_NODE = 4
 CORES_PER_NODE = 8
 """More than the machine has: Slurm hands them out, the kernel shares the real ones."""
-SMALL = 2
-"""GPUs of type `small` of a node in partition `small`; its others are called `spare`."""
 
 
 def _small(host: Host) -> bool:
@@ -17,16 +15,17 @@ def _small(host: Host) -> bool:
     return host.index in (3, 4)
 
 
-def _types(host: Host) -> dict[str, int]:
-    """GPUs of a node by their type in `--gres`; without a type, all of them."""
-    return {"small": SMALL, "spare": GPUS_PER_NODE - SMALL} if _small(host) else {"big": GPUS_PER_NODE}
+def _gpu_type(host: Host) -> str:
+    """The same for all GPUs of a node: Slurm 22.05 allots untyped ones of several types, and then starts no
+    step with as many."""
+    return "small" if _small(host) else "big"
 
 
 def slurm_conf(hosts: list[Host], login: str) -> str:
     nodes = "\n".join(
         f"NodeName={host.name} NodeAddr={host.address} NodeHostname={host.name} Sockets=1 "
         f"CoresPerSocket={CORES_PER_NODE} ThreadsPerCore=1 RealMemory=20000 "
-        f"Gres={','.join(f'gpu:{name}:{number}' for name, number in _types(host).items())} State=UNKNOWN"
+        f"Gres=gpu:{_gpu_type(host)}:{GPUS_PER_NODE} State=UNKNOWN"
         for host in hosts
     )
     names = ",".join(host.name for host in hosts)
@@ -82,14 +81,9 @@ PartitionName=urgent Nodes={names} MaxTime=INFINITE DefaultTime=60 OverSubscribe
 
 
 def gres_conf(hosts: list[Host]) -> str:
-    lines = ["AutoDetect=off"]
-    for host in hosts:
-        first = 0
-        for name, number in _types(host).items():
-            files = f"{paths.GPUS}/gpu[{first}-{first + number - 1}]"
-            lines.append(f"NodeName={host.name} Name=gpu Type={name} File={files}")
-            first += number
-    return "\n".join([*lines, ""])
+    files = f"{paths.GPUS}/gpu[0-{GPUS_PER_NODE - 1}]"
+    nodes = (f"NodeName={host.name} Name=gpu Type={_gpu_type(host)} File={files}" for host in hosts)
+    return "\n".join(["AutoDetect=off", *nodes, ""])
 
 
 def mpi_conf() -> str:

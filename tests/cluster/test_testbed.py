@@ -37,6 +37,17 @@ def test_gpus_are_visible_only_as_asked_for(cluster: Testbed) -> None:
     assert cluster.as_user("hsuser", ["srun", *show]).stdout.strip() == "none"
 
 
+def test_a_job_may_have_all_gpus_of_any_two_nodes(cluster: Testbed) -> None:
+    """Whichever of them Slurm gives it, also in a step of the job."""
+    for nodes in ("n1,n2", "n3,n4"):
+        inside = f"srun --gres=gpu:{GPUS_PER_NODE} hostname"
+        done = cluster.as_user(
+            "hsuser",
+            ["salloc", "-N2", f"--nodelist={nodes}", f"--gres=gpu:{GPUS_PER_NODE}", "sh", "-c", inside],
+        )
+        assert sorted(done.stdout.split()) == nodes.split(",")
+
+
 def test_nodes_share_the_home_directory_and_nothing_else(cluster: Testbed) -> None:
     script = "echo here > /tmp/mark; echo $(hostname) > ~/mark-$(hostname)"
     cluster.as_user("hsuser", ["sh", "-c", script], node="n1")

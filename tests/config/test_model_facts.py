@@ -201,6 +201,7 @@ def test_experts_that_are_not_plain_are_not_guessed(files: Files, change: dict[s
         ({"sliding_window": 4096}, None),
         ({"sliding_window": 4096, "use_sliding_window": False}, 2 * 8 * 128),
         ({"layer_types": ["full_attention", "sliding_attention"]}, None),
+        ({"full_attention_interval": 4}, None),
     ],
 )
 def test_kv_cache_of_a_token(files: Files, change: dict[str, Any], values: int | None) -> None:

@@ -11,6 +11,7 @@ these tests.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import subprocess
@@ -225,6 +226,31 @@ def test_kv_of_the_host_is_told_where_sglang_asks_of_which_kind_it_is() -> None:
     assert told == ["DRAM"] * 3
 
 
+def test_nixls_thread_sleeps_where_the_cpu_computes() -> None:
+    """NIXL's class takes the other delay, and its Python API makes agents with what the plugin puts there."""
+    from nixl import _api
+
+    given = _api.nixlBind.nixlAgentConfig
+    made = sglang_host_kv.calm(given)()
+    made.pthrDelay = 0
+    assert made.pthrDelay == given.pthrDelay.__get__(made) == sglang_host_kv.LOOK_EVERY_US
+    source = inspect.getsource(_api.nixl_agent.__init__)
+    assert "agent_config = nixlBind.nixlAgentConfig()" in source and "pthrDelay = 0" in source
+    _api.nixlBind.nixlAgent("of a test", made)
+
+
 def test_the_key_is_sent_and_not_shown() -> None:
     """SGLang logs its arguments, as it prints them and as plain values."""
     assert (read()["leaks"], read()["sends"]) == (False, "Bearer the-key")
+
+
+def test_kv_managers_that_can_change_their_role_are_others_than_nixls() -> None:
+    """When NIXL's can, docs/engines.md is wrong, and replicas could move between prefill and decode."""
+    folder = FOLDER / "sglang/srt/disaggregation"
+    able = set()
+    for path in folder.glob("*/conn.py"):
+        classes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.ClassDef)]
+        if "supports_role_switch = True" in [ast.unparse(line) for each in classes for line in each.body]:
+            able.add(path.parent.name)
+    assert able == {"mooncake", "mori"}
+    assert "not km.supports_role_switch" in (folder / "role_switch.py").read_text(encoding="utf-8")

@@ -37,6 +37,7 @@ def test_progress(line: str, says: str | None) -> None:
         ("mpi4py.MPI.Exception: MPI_ERR_UNKNOWN: unknown error", "mpi", True, "Open MPI"),
         ("prte has detected an attempt to run as root.", "mpi", True, "Open MPI"),
         ("srun: error: n3: task 2: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.3", "mpi", True, "ranks died"),
+        ("srun: error: n3: task 2: Exited with exit code 137\nsrun: error: n4: tasks 0-1: Exited with exit code 143", "mpi", True, "ranks died"),
         ("error: n3 has no trtllm-llmapi-launch on its PATH\nsrun: error: n3: task 2: Exited with exit code 127", "mpi", False, "PATH"),
         ("srun: error: Unable to create step for job 7: Requested nodes are busy", "mpi", True, "sinfo"),
         ("There are not enough slots available in the system to satisfy the 8", "mpi", True, "Open MPI"),

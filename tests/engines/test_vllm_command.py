@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hpcserve.config.model import KvOffloadSpec, RoleSpec
-from hpcserve.config.site import NetworkSite, NodeSite
+from hpcserve.config.model import KvOffloadSpec, ModelSpec, RoleSpec
+from hpcserve.config.site import NetworkSite, NodeSite, StorageSite
 from hpcserve.engines.base import EngineCommand
 from hpcserve.engines.vllm import RESERVED, VLLM
 from hpcserve.errors import ConfigError
@@ -177,6 +177,29 @@ def test_kv_tiers_stand_behind_nixl() -> None:
     assert VLLM().disk_tier(made) == ("/tmp/job/kv-blocks", 250 << 30)
 
 
+def test_processes_of_one_rank_have_one_name_and_those_of_another_start_another() -> None:
+    def names(spec: ModelSpec, nodes: int, **more: Any) -> list[str | None]:
+        replica = context(spec, site(), replica="prefill-0", nodes=nodes + 1).replica
+        return [
+            transfer(command(spec, site(), replica="prefill-0", nodes=nodes + 1, node=place, **more)).get(
+                "engine_id"
+            )
+            for place in range(len(replica.nodes))
+        ]
+
+    wide = model(prefill=tp(16), decode=tp(8))
+    (first, second) = names(wide, 2)
+    assert first == second is not None
+    later = {"http": "20001", "side_channel": "20002", "master": "20009"}
+    assert first not in names(wide, 2, ports=later)
+    assert names(replace(wide, kv_offload=KvOffloadSpec(cpu_gib=64)), 2) == [first, first]
+    # vLLM appends the rank where its scheduler is, and nowhere else.
+    ranks = names(model(prefill=tp(16, data_parallel=2), decode=tp(8)), 4)
+    assert ranks == [ranks[0], f"{ranks[0]}_dp0", ranks[0], f"{ranks[0]}_dp1"]
+    # Of ranks on one node each, all processes have one parent.
+    assert names(model(prefill=tp(8, data_parallel=2), decode=tp(8)), 2) == [None, None]
+
+
 def test_kv_tiers_of_an_engine_without_a_partner() -> None:
     alone = transfer(command(model(kv_offload=KvOffloadSpec(cpu_gib=64)), site(), replica="aggregated-0"))
     assert alone["kv_connector"] == "OffloadingConnector"
@@ -184,6 +207,54 @@ def test_kv_tiers_of_an_engine_without_a_partner() -> None:
     on_cpu = model(kv_offload=KvOffloadSpec(cpu_gib=64), device="cpu")
     extra = transfer(command(on_cpu, site(gpus=0), replica="aggregated-0"))["kv_connector_extra_config"]
     assert extra["spec_module_path"] == "hpcserve.engines.vllm_offload"
+    assert extra["spec_name"] == "HostOffloadingSpec"
+    assert "offload_prompt_only" not in extra
+
+
+def shared_tier(spec: ModelSpec, replica: str = "aggregated-0", **more: Any) -> dict[str, Any]:
+    at = replace(site(), storage=StorageSite(kv="/lustre/me/kv"))
+    made = transfer(command(spec, at, replica=replica, run_dir="/runs/llama", **more))
+    if made["kv_connector"] == "MultiConnector":
+        made = made["kv_connector_extra_config"]["connectors"][1]
+    extra = made["kv_connector_extra_config"]
+    assert (extra["spec_name"], extra["tokens_per_file"]) == ("FileTiersSpec", 256)
+    (tier,) = extra["secondary_tiers"]
+    return {**tier, "prompts": extra.get("offload_prompt_only", True)}
+
+
+def test_kv_blocks_in_a_shared_directory() -> None:
+    kept = KvOffloadSpec(cpu_gib=64, shared_gib=500)
+    pair = model(prefill=tp(8), decode=tp(8), kv_offload=kept, revision="abc")
+    prefill, decode = (shared_tier(pair, replica, nodes=2) for replica in ("prefill-0", "decode-0"))
+    # What one of them writes the other one finds.
+    assert prefill == decode
+    assert (prefill["type"], prefill["directory"]) == ("SharedFiles", "/lustre/me/kv")
+    assert (prefill["room"], prefill["revision"]) == ("/runs/llama/kv-room.json", "abc")
+    assert prefill["prompts"] is True
+    answers = model(kv_offload=replace(kept, answers=True))
+    assert shared_tier(answers)["prompts"] is False
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"engine_args": {"max-num-seqs": 8, "gpu_memory_utilization": 0.8}}, True),
+        ({"engine_args": {"kv-cache-dtype": "fp8"}}, False),
+        ({"engine_args": {"block_size": 64}}, False),
+        ({"quantization": "fp8"}, False),
+        ({"dtype": "float16"}, False),
+        ({"max_model_len": 8192}, False),
+        ({"env": {"VLLM_KV_CACHE_LAYOUT": "HND"}}, False),
+        ({"aggregated": tp(8, engine_args={"hf-overrides": {"rope_theta": 1}})}, False),
+    ],
+)
+def test_runs_share_kv_blocks_only_where_settings_can_not_change_them(
+    other: dict[str, Any], same: bool
+) -> None:
+    kept = KvOffloadSpec(cpu_gib=64, shared_gib=500)
+    ours = shared_tier(model(aggregated=tp(8), kv_offload=kept))
+    theirs = shared_tier(model(**{"aggregated": tp(8), "kv_offload": kept, **other}))
+    assert (ours["settings"] == theirs["settings"]) is same
 
 
 def test_top_level_keys_become_flags() -> None:

@@ -102,6 +102,14 @@ DEATHS = {
     ),
     "bad value": ("api_server.py: error: argument --dtype: invalid choice: 'int3' (choose from 'auto')\n",
                   2, "bad-flag", None, False),
+    "another directory for KV blocks": (
+        "(EngineCore pid=1) ERROR 11-21 01:00:00 [core.py:1] hpcserve.errors.StorageError: /scratch/me/kv on n1 is not the "
+        "directory for KV blocks that the launch made: No such file or directory\n",
+        1, "kv-directory",
+        "hpcserve.errors.StorageError: /scratch/me/kv on n1 is not the directory for KV blocks that the launch made: "
+        "No such file or directory",
+        False,
+    ),
     "disk": ("OSError: [Errno 28] No space left on device: '/tmp/job/inductor/x'\n", 1, "disk-full", None, False),
     "quota": ("OSError: [Errno 122] Disk quota exceeded\n", 1, "disk-full", None, False),
     "nixl absent": ("(Worker pid=1) ERROR 11-21 01:00:00 [base_worker.py:513] NIXL is not available\n",

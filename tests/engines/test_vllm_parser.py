@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import pytest
 
 from hpcserve.config.model import KvOffloadSpec, RoleSpec
+from hpcserve.config.site import StorageSite
 from hpcserve.engines.vllm import VLLM
 from hpcserve.render.engine import engine_commands
 from tests.plan.cases import model, site, tp
@@ -74,6 +75,11 @@ def test_vllm_reads_every_command_line() -> None:
         command(model(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2, node=1),
         command(replace(pair, kv_offload=TIERS), site(), replica="decode-0", nodes=2),
         command(model(kv_offload=TIERS), site(), replica="aggregated-0"),
+        command(
+            model(kv_offload=replace(TIERS, shared_gib=500, answers=True)),
+            replace(site(), storage=StorageSite(kv="/lustre/kv")),
+            replica="aggregated-0",
+        ),
     ]
     shown = [placed for name in RECIPES for placed in engine_commands(recipe(name))]
     # `serve` is the name of a subcommand; its parser reads the rest.
@@ -90,7 +96,7 @@ def test_vllm_reads_every_command_line() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("READ")]
     read = json.loads(line.removeprefix("READ"))
-    prefill, decode, head, second, alone, headless, tiered, only = read[: len(made)]
+    prefill, decode, head, second, alone, headless, tiered, only, shared = read[: len(made)]
     for (replica, rank, _), found in zip(shown, read[len(made) :], strict=True):
         assert found["role"] == {"prefill": "kv_producer", "decode": "kv_consumer"}[replica.role]
         assert found["headless"] == (replica.nodes.index(rank) not in VLLM().api_nodes(replica))
@@ -107,6 +113,6 @@ def test_vllm_reads_every_command_line() -> None:
         (2, False, True), (2, False, True), (2, True, False),
     ]  # fmt: skip
     assert headless["model"] == "/models/llama"
-    assert [(each["connector"], each["role"]) for each in (tiered, only)] == [
-        ("MultiConnector", "kv_consumer"), ("OffloadingConnector", "kv_both"),
+    assert [(each["connector"], each["role"]) for each in (tiered, only, shared)] == [
+        ("MultiConnector", "kv_consumer"), *[("OffloadingConnector", "kv_both")] * 2,
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,43 @@ def test_a_full_disk_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.M
     assert registry.names() == set()
 
 
+AS_OWNER = """
+import os, sys
+from pathlib import Path
+from hpcserve.images.pull import _remove
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+left, stays = Path(sys.argv[1]), sys.argv[2] == "stays"
+(left / "layer" / "etc").mkdir(parents=True)
+(left / "layer" / "etc" / "passwd").write_text("x" * 10)
+(left / "layer" / "link").symlink_to("/")
+(left / "layer" / "etc").chmod(0o500)
+(left / "layer").chmod(0)
+if stays:
+    left.parent.chmod(0o500)
+_remove(left, print)
+"""
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_layers_directories_are_removed_whatever_their_modes_and_what_stays_is_told(
+    tmp_path: Path, stays: bool
+) -> None:
+    """By another user than root, who may do anything."""
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o777)
+        left = Path(above, "cache", ".image.part-1")
+        argv = [sys.executable, "-c", AS_OWNER, str(left), "stays" if stays else "goes"]
+        left.parent.mkdir()
+        if os.geteuid() == 0:
+            os.chown(left.parent, 65534, 65534)
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert left.exists() == stays
+        assert (str(left) in done.stdout and "rm -rf" in done.stdout) == stays
+        left.parent.chmod(0o700)
+
+
 def test_of_many_at_once_one_pulls_and_all_have_it(
     tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -296,6 +334,8 @@ def test_one_that_was_taken_for_dead_publishes_nothing(
         ),
         ("nvcr.io#nvidia/vllm:1", "docker://nvcr.io/nvidia/vllm:1", "docker://nvcr.io#nvidia/vllm:1"),
         ("vllm/vllm-openai:v1", "docker://vllm/vllm-openai:v1", "docker://vllm/vllm-openai:v1"),
+        ("docker://docker.io/vllm/v:1", "docker://docker.io/vllm/v:1", "docker://vllm/v:1"),
+        ("index.docker.io#vllm/v:1", "docker://index.docker.io/vllm/v:1", "docker://vllm/v:1"),
         ("localhost:5000/a", "docker://localhost:5000/a", "docker://localhost:5000#a"),
     ],
 )

@@ -137,7 +137,10 @@ class Node:
             for number in imex["channels"]:
                 (self.root / "dev" / f"channel{number}").touch()
             told = json.dumps({"nodes": {}, "status": imex["status"]})
-            _program(programs / "nvidia-imex-ctl", f"echo '{told}'")
+            daemon = imex.get("daemon", "READY")
+            _program(
+                programs / "nvidia-imex-ctl", f"case \"$1\" in -q) echo {daemon};; *) echo '{told}';; esac"
+            )
         self.environ |= {"PATH": f"{programs}:/usr/bin:/bin", **self.tree.get("topology", {})}
 
 

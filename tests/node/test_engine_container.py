@@ -40,13 +40,28 @@ def test_without_the_job_script_there_is_no_runtime() -> None:
 
 def test_the_nodes_own_libraries_stay_outside() -> None:
     environment = {"PYTHONPATH": "/node", "LD_PRELOAD": "/x.so", "A": "1", "HPCSERVE_APPTAINER": "/a"}
-    assert contained_environment(apart(), environment, {}) == {
+    assert contained_environment(apart(), environment, {}, outside={}) == {
         "A": "1",
         "PYTHONPATH": PACKAGE_IN_IMAGE,
         "PYTHONNOUSERSITE": "1",
     }
-    meant = contained_environment(apart(PYTHONPATH="/meant"), {"PYTHONPATH": "/meant"}, {})
+    meant = contained_environment(apart(PYTHONPATH="/meant"), {"PYTHONPATH": "/meant"}, {}, outside={})
     assert meant["PYTHONPATH"] == f"{PACKAGE_IN_IMAGE}:/meant"
+
+
+@pytest.mark.parametrize(
+    ("site", "engine", "inside"),
+    [({}, "", None), ({"LD_LIBRARY_PATH": "/node"}, "", "/node"), ({}, "/own", "/own")],
+)
+def test_apptainer_keeps_its_libraries_and_the_engine_gets_those_that_are_meant(
+    site: dict[str, str], engine: str, inside: str | None
+) -> None:
+    added = {"LD_LIBRARY_PATH": engine} if engine else {}
+    outside = {"LD_LIBRARY_PATH": "/node"}
+    found = contained_environment(apart(**site), {**outside, **added}, added, outside=outside)
+    assert found["LD_LIBRARY_PATH"] == "/node"
+    assert found.get("APPTAINERENV_LD_LIBRARY_PATH") == inside
+    assert found.get("SINGULARITYENV_LD_LIBRARY_PATH") == inside
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcserve.config.model import ModelSpec, RoleSpec
+from hpcserve.config.model import KvOffloadSpec, ModelSpec, RoleSpec
+from hpcserve.engines.kv_files import ROOM
 from hpcserve.plan.plan import Plan
 from hpcserve.rundir.atomic import read_json
 
@@ -25,7 +26,11 @@ from .runs import events, make_plan, replica, wait_for
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
-    with Job(tmp_path / "run", make_plan(4)) as running:
+    plan = make_plan(4)
+    (tmp_path / "kv").mkdir()
+    kept = replace(plan.model, kv_offload=KvOffloadSpec(cpu_gib=1, shared_gib=1))
+    at = replace(plan.site, storage=replace(plan.site.storage, kv=str(tmp_path / "kv")))
+    with Job(tmp_path / "run", replace(plan, model=kept, site=at)) as running:
         running.wait("ready")
         yield running
 
@@ -44,6 +49,8 @@ def ended(job: Job) -> None:
 
 
 def test_ready_means_that_kv_bytes_moved_and_a_drain_leaves_nothing(job: Job) -> None:
+    # The first agent looks after the shared KV blocks from the start.
+    assert 0 < read_json(job.run.path / ROOM)["bytes"] <= (1 << 30) / 40
     paths = events(job.run, "kv-path")
     assert all(path["ok"] and path["bytes"] > 0 for path in paths)
     assert {path[role] for path in paths for role in ("prefill", "decode")} == {

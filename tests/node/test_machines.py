@@ -207,6 +207,40 @@ def test_a_rail_that_trained_slower_is_used_and_told(tmp_path: Path) -> None:
     assert warning.message == "mlx5_5:1 of GPU 3 runs at 100 Gb/s, others at 400 (n0)"
 
 
+@pytest.mark.parametrize(
+    ("rate", "uses", "told"),
+    [
+        ("100", ["mlx5_0:1"], "mlx5_0:1 of GPU 0 runs at 100 Gb/s, others at 200"),
+        (
+            "50",
+            ["mlx5_1:1", "mlx5_2:1", "mlx5_3:1"],
+            "GPU 0 goes without mlx5_0:1, and uses mlx5_1:1, mlx5_2:1, mlx5_3:1:"
+            " it runs at 50 Gb/s, and others at 200",
+        ),
+    ],
+)
+def test_a_slower_rail_is_told_where_there_are_no_switches(
+    tmp_path: Path, rate: str, uses: list[str], told: str
+) -> None:
+    machine = node(tmp_path, "gh200-infiniband")
+    (machine.port("mlx5_0") / "rate").write_text(f"{rate} Gb/sec")
+    facts = machine.facts()
+    assert used(facts, 0) == uses
+    assert used(facts, 1) == ["mlx5_1:1"]
+    plan = plan_of("gh200-infiniband", gpus=(0,))
+    [warning] = degraded_anywhere(plan, [facts, replace(facts, rank=1)])
+    assert warning.message == f"{told} (n0)"
+
+
+def test_a_slower_one_of_two_rails_is_missed(tmp_path: Path) -> None:
+    machine = node(tmp_path, "gb200-nvl72")
+    (machine.port("mlx5_0") / "rate").write_text("200 Gb/sec")
+    facts = machine.facts()
+    rails = sort_out(facts.gpus, facts.hcas, infiniband=True)
+    assert used(facts, 0) == ["mlx5_1:1"]
+    assert [[port.name for port in entry.lost] for entry in rails.gpus] == [["mlx5_0:1"]] * 2 + [[]] * 2
+
+
 def test_without_switches_slower_ports_are_left_out(tmp_path: Path) -> None:
     machine = node(tmp_path, "gb200-nvl72")
     for hca in ("mlx5_2", "mlx5_3", "mlx5_6", "mlx5_7"):
@@ -395,17 +429,33 @@ def test_a_replica_over_nodes_has_nccl_use_nvlink_within_a_domain_only(tmp_path:
     ("imex", "why"),
     [
         ({"channels": [], "status": "UP"}, "it has no IMEX channel that this job may open"),
-        ({"channels": [0], "status": "DEGRADED"}, "its IMEX domain is DEGRADED"),
+        ({"channels": [0], "status": "DOWN"}, "its IMEX domain is DOWN"),
+        (
+            {"channels": [0], "status": "DEGRADED", "daemon": "WAITING_FOR_PEERS"},
+            "its IMEX domain is DEGRADED, and its own daemon WAITING_FOR_PEERS",
+        ),
     ],
 )
-def test_without_imex_nvlink_is_off_and_told_once(tmp_path: Path, imex: dict[str, object], why: str) -> None:
+@pytest.mark.parametrize("domain", [18, 1], ids="nvlink_domain_nodes={}".format)
+def test_without_imex_nvlink_is_off_and_told_once(
+    tmp_path: Path, imex: dict[str, object], why: str, domain: int
+) -> None:
+    """Also in a job that is larger than a domain, and where the site says nothing of domains."""
     ranks = rack(tmp_path, [1, 1, 1], imex=imex)
-    plan = plan_of("gb200-nvl72", nodes=3, nvlink_domain_nodes=18)
+    plan = plan_of("gb200-nvl72", nodes=3, nvlink_domain_nodes=domain)
     for facts, each in zip(ranks, plan.replicas, strict=True):
         devices = transfer_devices(plan, facts, each, ranks)
         assert devices.env["UCX_CUDA_IPC_ENABLE_MNNVL"] == "n"
     [warning] = degraded_anywhere(plan, ranks)
     assert warning.message == f"NVLink to other nodes is not used: {why} (tray0, tray1, tray2)"
+
+
+def test_somebody_elses_dead_node_in_the_domain_leaves_nvlink_on(tmp_path: Path) -> None:
+    ranks = rack(tmp_path, [1, 1], imex={"channels": [0], "status": "DEGRADED"})
+    plan = plan_of("gb200-nvl72", nvlink_domain_nodes=18)
+    devices = transfer_devices(plan, ranks[0], plan.replicas[0], ranks)
+    assert devices.env["UCX_CUDA_IPC_ENABLE_MNNVL"] == "y"
+    assert not degraded_anywhere(plan, ranks)
 
 
 def test_a_daemon_that_may_not_be_asked_leaves_it_to_the_channels(tmp_path: Path) -> None:
@@ -460,6 +510,25 @@ def test_what_the_site_sets_decides_whether_kv_crosses_nvlink(tmp_path: Path) ->
     network = NetworkSite(kind="infiniband", env={"UCX_CUDA_IPC_ENABLE_MNNVL": "n"})
     plan = replace(plan, site=replace(plan.site, network=network))
     assert not transfer_devices(plan, ranks[0], plan.replicas[0], ranks).kv_over_nvlink
+
+
+def test_kv_that_falls_back_to_tcp_is_told_where_nccl_has_nvlink(tmp_path: Path) -> None:
+    """Prefill and decode are each over two trays of a rack of its own, and InfiniBand is down."""
+    ranks = [
+        replace(facts, hcas=tuple(replace(port, state="DOWN") for port in facts.hcas))
+        for facts in rack(tmp_path, [1, 1, 2, 2])
+    ]
+    plan = plan_of("gb200-nvl72", nodes=4)
+    pools = (replica("prefill-0", 0, 1), replica("decode-0", 2, 3))
+    plan = replace(plan, replicas=pools)
+    env = transfer_devices(plan, ranks[0], pools[0], ranks).env
+    assert env["NCCL_MNNVL_ENABLE"] == "1"
+    assert env["UCX_CUDA_IPC_ENABLE_MNNVL"] == "n"
+    assert env["UCX_TLS"].startswith("tcp")
+    messages = [warning.message for warning in degraded_anywhere(plan, ranks)]
+    assert any("no active infiniband port, so KV blocks cross TCP" in message for message in messages), (
+        messages
+    )
 
 
 # Slingshot.

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -26,7 +26,7 @@ from hpcserve.node.agent.engine_launch import EngineLauncher
 from hpcserve.node.agent.keeper import Keeper
 from hpcserve.node.agent.running_engine import RunningEngine
 from hpcserve.node.agent.seat import Seat
-from hpcserve.node.agent.step import Step
+from hpcserve.node.agent.step import Step, hold_lifeline
 from hpcserve.node.agent.step_task import MODULE, VARIABLE
 from hpcserve.node.discovery.facts import ModelFact, RankFacts, Roster
 from hpcserve.node.head.registry import LOST_AFTER, Entry, Heartbeat
@@ -36,6 +36,7 @@ from tests.patience import DEADLINE
 from .runs import make_plan, replica, wait_for
 from .test_engine_files import NoKeeper
 from .test_registry import beat, registry
+from .test_supervision import alive
 
 SRUN = """#!/bin/sh
 # The first task of a step, on this node.
@@ -72,6 +73,15 @@ class Stepped(Fake):
         script = f"import os, sys, time; {said}; time.sleep({self.seconds})"
         argv = (sys.executable, "-c", script, "two words", "*")
         return EngineCommand(argv=argv, env={"NODE": f"place {context.node}"}, files={"file": "text\n"})
+
+
+# It has a child, and that one another, which SIGTERM does not end. It tells their ids.
+STUBBORN = """#!/bin/bash
+trap '' TERM
+(sleep 600 & echo "started $! $BASHPID"; wait) &
+trap - TERM
+{then}
+"""
 
 
 @pytest.fixture
@@ -166,6 +176,7 @@ def test_the_command_runs_in_the_first_task_with_the_key_that_no_other_has(
     }
     words = (scratch / "srun.argv").read_text().splitlines()
     assert {"--overlap", "--nodelist=n1,n2", "--ntasks=2", "--ntasks-per-node=1", "--mpi=pmix"} <= set(words)
+    assert {"--kill-on-bad-exit=1", "--wait=30"} <= set(words), "srun would wait for a hanging rank"
     assert words[-2:] == ["-m", MODULE]
 
 
@@ -190,7 +201,7 @@ async def test_srun_has_time_to_end_its_tasks_even_when_it_is_to_end_at_once(
     monkeypatch.setenv("PATH", programs["PATH"])
     with started(launcher(tmp_path, programs, engine=Stepped(600)), lines := []) as running:
         await asyncio.to_thread(wait_for, lambda: said(lines, "command place 0"), "the command to run")
-        assert await running.end(lambda: 0.0) == -signal.SIGTERM
+        assert await running.end(lambda: 0.0) == 128 + signal.SIGTERM
 
 
 def test_a_task_that_can_not_start_says_so(programs: dict[str, str]) -> None:
@@ -198,7 +209,6 @@ def test_a_task_that_can_not_start_says_so(programs: dict[str, str]) -> None:
         "head": "n1",
         "nodes": {"n1": {}, "n2": {"TMPDIR": "/"}},
         "launcher": "missing",
-        "lifeline": "",
         "command": "",
     }
     environ = {**programs, VARIABLE: json.dumps(step), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -262,7 +272,121 @@ async def test_a_seat_holds_its_directory_until_it_is_told_to_stop(tmp_path: Pat
     assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
     running = asyncio.create_task(seat.run())
     await asyncio.sleep(0)
+    lifeline = os.open(scratch / "lifeline", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        os.read(lifeline, 1)
     assert seat.snapshot()["state"] == "loading" and seat.snapshot()["scratch"] == str(scratch)
     seat.stop(0.0)
     await running
     assert seat.snapshot()["state"] == "stopped" and changes
+    assert os.read(lifeline, 1) == b""
+    os.close(lifeline)
+
+
+class Task(NamedTuple):
+    """A task of a step whose launcher runs."""
+
+    process: subprocess.Popen[str]
+    started: set[int]
+    """Processes that the launcher has started."""
+    lifeline: int
+    """What the agent holds."""
+
+
+@contextmanager
+def task(
+    tmp_path: Path, programs: Mapping[str, str], then: str, *, rank: str = "1", head: str = "n1"
+) -> Iterator[Task]:
+    """Of n1. Its launcher goes on with `then`."""
+    (tmp_path / "bin" / "launcher").write_text(STUBBORN.format(then=then))
+    lifeline = hold_lifeline(tmp_path)
+    nodes = {"n1": {"TMPDIR": str(tmp_path)}}
+    step = {"head": head, "nodes": nodes, "launcher": "launcher", "command": ""}
+    environ = {**programs, VARIABLE: json.dumps(step), "PYTHONPATH": os.pathsep.join(sys.path)}
+    main = f"import os, sys; import {MODULE} as task; task._GRACE = 0.1; sys.exit(task.main([], os.environ))"
+    with subprocess.Popen(
+        [sys.executable, "-c", main],
+        env={**environ, "SLURMD_NODENAME": "n1", "SLURM_PROCID": rank, "SLURM_STEP_ID": "5"},
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # here, what ends a step ends its own group
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        found = set(map(int, process.stdout.readline().removeprefix("started ").split()))
+        assert len(found) == 2
+        try:
+            yield Task(process, found, lifeline)
+        finally:
+            with suppress(OSError):
+                os.close(lifeline)
+            for pid in (process.pid, *found):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def children(parent: int) -> set[int]:
+    """Ids of all processes below it, as Slurm's proctrack/linuxproc finds those of a step."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found, more = set(), {parent}
+    while more:
+        found |= more
+        more = {pid for pid, above in parents.items() if above in more}
+    return found - {parent}
+
+
+def test_what_a_launcher_leaves_ends_with_it(tmp_path: Path, programs: dict[str, str]) -> None:
+    """Its rank died, and with it the launcher, which is a shell; the server goes on beside."""
+    with task(tmp_path, programs, "sleep 0.3; exit 137") as (process, left, _):
+        assert process.wait(DEADLINE) == 137
+        assert not any(map(alive, left))
+
+
+def test_a_task_that_is_told_to_end_leaves_nothing(tmp_path: Path, programs: dict[str, str]) -> None:
+    with task(tmp_path, programs, "sleep 600") as (process, left, _):
+        # Slurm tells all of the step. What does not end of it loses its parents first.
+        for pid in (process.pid, *children(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        assert process.wait(DEADLINE) == 128 + signal.SIGTERM
+        assert not any(map(alive, left))
+
+
+def test_a_task_that_is_killed_leaves_nothing(tmp_path: Path, programs: dict[str, str]) -> None:
+    with task(tmp_path, programs, "sleep 600") as (process, left, _):
+        process.kill()
+        wait_for(lambda: not any(map(alive, left)), "what the launcher started to end")
+
+
+def test_what_was_started_while_slurm_killed_a_step_ends_too(
+    tmp_path: Path, programs: dict[str, str]
+) -> None:
+    """It kills what it has found below the step, at once, and what began meanwhile is not among it."""
+    with task(tmp_path, programs, "sleep 600") as (process, left, _):
+        for pid in (process.pid, *children(process.pid) - left):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(map(alive, left)), "what the launcher started to end")
+
+
+def test_a_task_ends_its_own_ranks_before_it_asks_slurm_to_end_the_others(
+    tmp_path: Path, programs: dict[str, str]
+) -> None:
+    (tmp_path / "bin" / "scancel").write_text(
+        '#!/bin/sh\nfor pid in $(cat "$HOME/left"); do kill -0 "$pid" && touch "$HOME/late"; done\n'
+        "kill -KILL 0\n"
+    )
+    with task(tmp_path, programs, "sleep 600", rank="0") as (process, left, lifeline):
+        (tmp_path / "left").write_text(" ".join(map(str, left)))
+        os.close(lifeline)
+        assert process.wait(DEADLINE) == -signal.SIGKILL
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_task_on_a_further_node_ends_soon_after_its_agent(tmp_path: Path, programs: dict[str, str]) -> None:
+    with task(tmp_path, programs, "sleep 600", head="n2") as (process, left, lifeline):
+        os.close(lifeline)
+        assert process.wait(DEADLINE) == 1
+        assert not any(map(alive, left))

@@ -40,9 +40,9 @@ def test_wide_expert_parallelism_spreads_the_experts_alone() -> None:
     r1 = stated("DeepSeek-R1")
     experts = (61 - 3 + 1) * 256 * 3 * 7168 * 2048
     assert r1.expert_bytes == experts
-    each = weights_per_gpu(r1, ranks=1, data=32, expert=True)
+    each = weights_per_gpu(r1, ranks=1, data=32, spread=True)
     assert each == (688586727753 - experts) + experts / 32
-    assert weights_per_gpu(r1, ranks=8, data=4, expert=False) == 688586727753 / 8
+    assert weights_per_gpu(r1, ranks=8, data=4, spread=False) == 688586727753 / 8
 
 
 def test_a_latent_vector_is_not_split_over_heads() -> None:
@@ -62,6 +62,30 @@ def test_a_replica_too_narrow_for_the_layers_that_every_rank_has_is_refused() ->
         "aggregated: 641 GiB of weights over 8 GPUs is 99 GiB each, but a GPU has 80 GiB"
     )
     assert caught.value.hint == "set `aggregated.tensor_parallel: 2`"
+
+
+@pytest.mark.parametrize(
+    ("engine", "data", "nodes", "each"),
+    [
+        ("vllm", 8, 1, "8 GPUs is 99 GiB"),
+        ("sglang", 8, 1, "1 GPU is 641 GiB"),  # --dp-size: whole engines
+        ("sglang", 16, 2, None),  # --attn-dp-size: only attention is apart
+    ],
+)
+def test_experts_are_shared_by_data_parallel_ranks_without_expert_parallelism(
+    engine: str, data: int, nodes: int, each: str | None
+) -> None:
+    spec = model(engine=engine, aggregated=tp(1, data_parallel=data))
+    if each is None:
+        assert plan(spec, site(), nodes=nodes, facts=stated("DeepSeek-R1")).replicas
+        return
+    with pytest.raises(PlanError, match=f"641 GiB of weights over {each} each"):
+        plan(spec, site(), nodes=nodes, facts=stated("DeepSeek-R1"))
+
+
+def test_a_dense_model_is_whole_on_each_data_parallel_rank() -> None:
+    with pytest.raises(PlanError, match="131 GiB of weights over 1 GPU is 131 GiB each"):
+        plan(model(aggregated=tp(1, data_parallel=8)), site(), facts=stated("Llama-3.3-70B-Instruct"))
 
 
 def test_a_model_with_latent_attention_is_told_to_go_wide() -> None:

@@ -52,6 +52,13 @@ def test_each_pool_is_sized_on_its_own_nodes() -> None:
     assert from_json(Plan, to_json(planned)) == planned
 
 
+def test_another_types_nvlink_domain_is_its_own() -> None:
+    at = replace(mixed(), node=replace(mixed().node, nvlink_domain_nodes=18))
+    assert at.with_nodes("l40s").node.nvlink_domain_nodes == 1
+    racks = replace(at, node_types={"gb200": NodeType(gpus=4, nvlink_domain_nodes=36)})
+    assert racks.with_nodes("gb200").node.nvlink_domain_nodes == 36
+
+
 def test_a_fitting_size_is_found_for_each_type() -> None:
     planned = plan(on(prefill="l40s", decode=None), mixed(), facts=LLAMA_8B)
     assert layout(planned) == [

@@ -4,6 +4,7 @@
 # ruff: noqa: E501
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -191,6 +192,21 @@ CASES = [
         "decode.pipeline_parallel is 2, but vLLM's NIXL connector can't receive KV blocks "
         "with more than one pipeline stage",
         "use `decode: {pipeline_parallel: 1}` and a larger tensor_parallel",
+    ),
+    Case(
+        "prefill with pipeline stages",
+        model(prefill=tp(4, pipeline_parallel=2), decode=tp(8)), site(), {"nodes": 2},
+        "prefill.pipeline_parallel is 2, but vLLM's NIXL connector can't read KV blocks "
+        "of more than one pipeline stage",
+        "use `prefill: {pipeline_parallel: 1}` and a larger tensor_parallel",
+    ),
+    Case(
+        "decode on fewer GPUs than the KV heads that prefill repeats",
+        model(prefill=tp(16), decode=tp(8)), site(),
+        {"nodes": 3, "facts": replace(LLAMA_70B, kv_values=2048)},
+        "prefill.tensor_parallel is 16 and decode.tensor_parallel 8, but the model has 8 KV heads, and vLLM's "
+        "NIXL connector can't read from more GPUs than that into fewer",
+        "set `prefill.tensor_parallel` to 8 or less, or both to 16",
     ),
     Case(
         "tensor_parallel of the roles don't divide one another",

@@ -9,6 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from hpcserve.router.pair_flight import PairFlight
+
+from .life.test_fast_path import idle
 from .stubs import Bench, Exchange, Seen, answer_with, drop, hang, sse, until
 
 ASK: dict[str, Any] = {"model": "toy", "prompt": "a b c d", "max_tokens": 4, "temperature": 0.5}
@@ -93,6 +96,16 @@ async def test_a_stream_is_counted_also_where_the_client_does_not_ask(start_pair
     await until(lambda: bench.metric("hpcserve_router_prompt_tokens_total") == 4, "it to be counted")
 
 
+async def test_a_pairs_stream_is_answered_by_callbacks_and_leaves_nothing(start_pairs):
+    bench = await start_pairs("prefill-0", "decode-0")
+    bench["decode-0"].gap = 0.05
+    response = await bench.open("/v1/completions", STREAM)
+    await response.next_chunk()
+    assert [type(flight) for flight in bench.router.fast_path.flights] == [PairFlight]
+    assert sse(await response.read(1 << 20))[-1] == "[DONE]"
+    await until(lambda: idle(bench), "the end of all bookkeeping")
+
+
 async def test_a_chat_is_counted_and_its_tokens_are_not_asked_for(start_pairs):
     """SGLang refuses a stream of a chat that asks for them."""
     bench = await start_pairs("prefill-0", "decode-0")
@@ -163,7 +176,8 @@ async def test_a_stream_that_begins_with_an_error_is_another_pairs(start_pairs):
     assert bench.metric('hpcserve_router_retries_total{leg="pair"}') == 1
 
 
-async def test_one_decode_worker_is_asked_again_with_another_prefill(start_pairs):
+@pytest.mark.parametrize("body", [ASK, STREAM])
+async def test_one_decode_worker_is_asked_again_with_another_prefill(start_pairs, body):
     """It answers that the KV did not come: that may be prefill's fault."""
     bench = await start_pairs("prefill-0", "prefill-1", "decode-0")
 
@@ -175,30 +189,34 @@ async def test_one_decode_worker_is_asked_again_with_another_prefill(start_pairs
     bench["decode-0"].behave = nothing_from_first
     bench["prefill-0"].behave = hang
     for _ in range(2):
-        await bench.json("/v1/completions", ASK)
+        status, _, data = await bench.ask("/v1/completions", body)
+        assert status == 200 and b"d/-" in data
     await until(lambda: not bench["prefill-0"].running, "the prefill leg to end")
 
 
-async def test_what_prefill_refuses_the_client_is_told(start_pairs):
+@pytest.mark.parametrize("body", [ASK, STREAM])
+async def test_what_prefill_refuses_the_client_is_told(start_pairs, body):
     bench = await start_pairs("prefill-0", "decode-0")
     bench["prefill-0"].behave = answer_with(400, "the prompt is too long")
     bench["decode-0"].behave = hang
-    status, _, data = await bench.ask("/v1/completions", ASK)
+    status, _, data = await bench.ask("/v1/completions", body)
     assert (status, msgspec.json.decode(data)["error"]["message"]) == (400, "the prompt is too long")
     await until(lambda: not bench["decode-0"].running, "the decode leg to end")
 
 
-async def test_what_decode_refuses_ends_the_prefill_leg(start_pairs):
+@pytest.mark.parametrize("body", [ASK, STREAM])
+async def test_what_decode_refuses_ends_the_prefill_leg(start_pairs, body):
     bench = await start_pairs("prefill-0", "decode-0")
     bench["prefill-0"].behave = hang
     bench["decode-0"].behave = answer_with(400, "max_tokens is odd")
-    status, _, data = await bench.ask("/v1/completions", ASK)
+    status, _, data = await bench.ask("/v1/completions", body)
     assert (status, msgspec.json.decode(data)["error"]["message"]) == (400, "max_tokens is odd")
     await until(lambda: not bench["prefill-0"].running, "the prefill leg to end")
     assert bench.metric('hpcserve_router_kv_legs_total{result="transferred"}') == 0
 
 
-async def test_all_pairs_failing_is_an_error_with_sglangs_reason(start_pairs):
+@pytest.mark.parametrize("body", [ASK, STREAM])
+async def test_all_pairs_failing_is_an_error_with_sglangs_reason(start_pairs, body):
     bench = await start_pairs("prefill-0", "decode-0")
 
     async def refuse(exchange: Exchange, seen: Seen) -> bool:
@@ -208,7 +226,7 @@ async def test_all_pairs_failing_is_an_error_with_sglangs_reason(start_pairs):
 
     bench["prefill-0"].behave = refuse
     bench["decode-0"].behave = hang
-    status, error = await bench.error("/v1/completions", ASK)
+    status, error = await bench.error("/v1/completions", body)
     assert status == 502
     assert error["message"] == "prefill-0: the engine answered 500: Prefill bootstrap failed"
 
@@ -273,13 +291,15 @@ async def half(exchange: Exchange, seen: Seen) -> bool:
     return True
 
 
+@pytest.mark.parametrize("roles", [("prefill-0", "decode-0"), ("aggregated-0",)], ids=["pair", "one"])
 @pytest.mark.parametrize("name", [*MEETING, "routed_dp_rank", "disagg_prefill_dp_rank"])
-async def test_client_can_not_send_engines_to_an_address_of_its_own(start_pairs, name):
-    bench = await start_pairs("prefill-0", "decode-0")
+async def test_client_can_not_send_engines_to_an_address_of_its_own(start_pairs, name, roles):
+    bench = await start_pairs(*roles)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        status, error = await bench.error(path, {**ASK, name: 1})
-        assert (status, error["message"]) == (400, f"`{name}` is set by the router; leave it out")
-    assert not bench["prefill-0"].seen and not bench["decode-0"].seen
+        for body in (ASK, STREAM):
+            status, error = await bench.error(path, {**body, name: 1})
+            assert (status, error["message"]) == (400, f"`{name}` is set by the router; leave it out")
+    assert not any(bench[role].seen for role in roles)
     await bench.json("/v1/completions", {**ASK, name: None})
 
 

@@ -1,7 +1,8 @@
 """`python -m hpcserve.bench.router.engine`: a mock engine that writes a chunk every few milliseconds.
 
 It speaks as much of vLLM's API as routers ask for: chat and text completions as streams and whole,
-`return_token_ids`, `stream_options.include_usage`, and NIXL's two legs. It prints its port, then serves.
+`return_token_ids`, `stream_options.include_usage`, and NIXL's two legs. To a request with a room its streams
+are in SGLang's form. It prints its port, then serves.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _Request(msgspec.Struct):
     stream_options: _StreamOptions | None = None
     return_token_ids: bool = False
     kv_transfer_params: _Transfer | None = None
+    bootstrap_room: int | None = None
 
 
 _decoder = msgspec.json.Decoder(_Request)
@@ -100,7 +102,7 @@ class Engine:
         self, exchange: Exchange, request: _Request, chat: bool, tokens: int, prompt_tokens: int, usage: str
     ) -> None:
         ids = request.return_token_ids
-        first, middle, last = _chunks(chat, ids)
+        first, middle, last = _chunks(chat, ids, sglang=request.bootstrap_room is not None)
         if ids:
             prompt = "[" + "128000," * (prompt_tokens - 1) + "128000]"
             first = first.replace(b"@PROMPT@", prompt.encode())
@@ -121,21 +123,24 @@ class Engine:
         exchange.finish()
 
 
-def _chunks(chat: bool, ids: bool) -> tuple[bytes, bytes, bytes]:
-    """The role chunk that opens a chat, a chunk of one token, and the last one; in vLLM's form."""
+def _chunks(chat: bool, ids: bool, *, sglang: bool) -> tuple[bytes, bytes, bytes]:
+    """The role chunk that opens a chat, a chunk of one token, and the last one: vLLM's form, or SGLang's."""
     kind = "chat.completion.chunk" if chat else "text_completion"
     head = f'data: {{"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"{kind}",{_COMMON},'
     prompt = '"prompt_token_ids":@PROMPT@,' if ids else ""
     token = ',"token_ids":[1917]' if ids else ""
+    opening = ""
+    if sglang:
+        opening, token = '"reasoning_content":null,', f',"matched_stop":null{token}'
 
     def one(delta: str, finish: str) -> bytes:
-        text = f'"delta":{{"content":"{delta}"}}' if chat else f'"text":"{delta}"'
+        text = f'"delta":{{{opening}"content":"{delta}"}}' if chat else f'"text":"{delta}"'
         return (
             f'{head}"choices":[{{"index":0,{text},"logprobs":null,"finish_reason":{finish}{token}}}]}}\n\n'
         ).encode()
 
     if chat:
-        role = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        role = f'"delta":{{{opening}"role":"assistant","content":""}},"logprobs":null,"finish_reason":null'
         first = f'{head}{prompt}"choices":[{{"index":0,{role}}}]}}\n\n'.encode()
     else:
         first = b""

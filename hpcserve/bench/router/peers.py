@@ -98,6 +98,12 @@ def _hpcserve_two_legs(place: Place) -> Command:
     return _ours(place, "--prefill", prefill, "--decode", *decode)
 
 
+def _hpcserve_pairs(place: Place) -> Command:
+    """Both legs at once, as SGLang's engines want them."""
+    prefill, *decode = _urls(place)
+    return _ours(place, "--engine", "sglang", "--prefill", prefill, "--decode", *decode)
+
+
 def _nginx(place: Place) -> Command:
     servers = "".join(f"server 127.0.0.1:{port};" for port in place.engines)
     config = place.directory / "nginx.conf"
@@ -206,6 +212,7 @@ PEERS = (
     Peer(name="haproxy", program="haproxy", command=_haproxy),
     Peer(name="hpcserve", program="hpcserve", command=_hpcserve),
     Peer(name="hpcserve P/D", program="hpcserve", command=_hpcserve_two_legs, two_legs=True),
+    Peer(name="hpcserve pairs", program="hpcserve", command=_hpcserve_pairs, two_legs=True),
     Peer(name="vllm-router round_robin", program="vllm-router", command=_vllm_router("round_robin")),
     Peer(name="vllm-router cache_aware", program="vllm-router", command=_vllm_router("cache_aware")),
     Peer(name="vllm-router P/D", program="vllm-router", command=_vllm_router_two_legs, two_legs=True),

@@ -37,6 +37,7 @@ from .kv_news import KvNews
 from .orphan import end_orphan
 from .replica_process import Patience, ReplicaProcess
 from .seat import Seat
+from .shared_kv import SharedKv, shared_tier
 
 HEARTBEAT = 1.0
 _LEAST_PAUSE = 0.02
@@ -105,6 +106,7 @@ class Agent:
         self._replicas = self._supervise()
         tiers = (launcher.disk_tier() for _, launcher in self._launched)
         self._kv_disk = KvDisk([tier for tier in tiers if tier is not None])
+        self._shared_kv = SharedKv(shared_tier(inputs.plan, rank, inputs.run.path))
         self._kv_news = KvNews(
             rank,
             [(replica, launcher.kv_event_sources()) for replica, launcher in self._launched],
@@ -168,6 +170,8 @@ class Agent:
         news.add_done_callback(_say_why)
         disk = asyncio.create_task(self._kv_disk.run())
         disk.add_done_callback(_say_disk)
+        shared = asyncio.create_task(self._shared_kv.run())
+        shared.add_done_callback(_say_shared)
         try:
             # A supervisor that raises is a bug, and must not leave a silent agent behind.
             await _all_or_error(supervisors, heart)
@@ -175,9 +179,9 @@ class Agent:
             self._changed.set()
             await heart
         finally:
-            for task in (*supervisors, heart, news, disk):
+            for task in (*supervisors, heart, news, disk, shared):
                 task.cancel()
-            await asyncio.gather(*supervisors, heart, news, disk, return_exceptions=True)
+            await asyncio.gather(*supervisors, heart, news, disk, shared, return_exceptions=True)
         if self._lost is not None:
             head = (self._roster.ranks[0].address, self._head_port)
             await end_orphan(self._inputs, self._rank, head, self._pause)
@@ -361,6 +365,14 @@ def _say_disk(task: asyncio.Task[None]) -> None:
         warn(
             f"KV blocks on the node's disk are no longer kept within `kv_offload.disk_gib`: {error!r}",
             "can the directory of `storage.node_local` still be read and written?",
+        )
+
+
+def _say_shared(task: asyncio.Task[None]) -> None:
+    """The engines write no more there."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        warn(
+            f"the directory of `storage.kv` is no longer looked after: {error!r}", "this is a bug in hpcserve"
         )
 
 

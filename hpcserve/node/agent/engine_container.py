@@ -12,7 +12,14 @@ from pathlib import Path
 
 from ...errors import EngineError
 from ...plan.plan import Plan
-from ...render.containers import FOREIGN, NO_USER_SITE, PACKAGE_IN_IMAGE, apptainer_words
+from ...render.containers import (
+    FOREIGN,
+    LIBRARIES,
+    NO_USER_SITE,
+    PACKAGE_IN_IMAGE,
+    apptainer_words,
+    image_libraries,
+)
 
 APPTAINER_VARIABLE = "HPCSERVE_APPTAINER"
 """Apptainer's program, as the job script found it."""
@@ -42,13 +49,20 @@ def contained_argv(
 
 
 def contained_environment(
-    plan: Plan, environment: Mapping[str, str], added: Mapping[str, str]
+    plan: Plan, environment: Mapping[str, str], added: Mapping[str, str], *, outside: Mapping[str, str]
 ) -> dict[str, str]:
-    """The engine's environment without what names the node's own libraries, unless site or engine set it."""
+    """The engine's environment without what names the node's own libraries, unless site or engine set it.
+
+    `outside`: the agent's own, whose LD_LIBRARY_PATH Apptainer itself may need. It never reaches the inside.
+    """
     meant = {*plan.site.setup.env, *added}
     kept = {name: value for name, value in environment.items() if name not in FOREIGN or name in meant}
     kept.pop(APPTAINER_VARIABLE, None)
     kept.setdefault(NO_USER_SITE, "1")
+    if LIBRARIES in kept:
+        kept = {**image_libraries(kept.pop(LIBRARIES)), **kept}
+    if LIBRARIES in outside:
+        kept[LIBRARIES] = outside[LIBRARIES]
     further = kept.get("PYTHONPATH")
     kept["PYTHONPATH"] = f"{PACKAGE_IN_IMAGE}:{further}" if further else PACKAGE_IN_IMAGE
     return kept

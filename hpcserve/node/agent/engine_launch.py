@@ -131,7 +131,7 @@ class EngineLauncher:
             argv = contained_argv(
                 self.plan, self.run_dir, argv, scratch=str(self.scratch), environ=self.environ
             )
-            environment = contained_environment(self.plan, environment, command.env)
+            environment = contained_environment(self.plan, environment, command.env, outside=self.environ)
         process, pump = self._spawn(argv, environment, on_line)
         return RunningEngine(process, url=url, ports=ports, pump=pump)
 
@@ -246,6 +246,7 @@ class EngineLauncher:
             kv_over_nvlink=devices.kv_over_nvlink,
             python=self.plan.site.container.python if engines_apart(self.plan) else sys.executable,
             scratch=scratch or str(self.scratch),
+            run_dir=str(self.run_dir),
             gpu_names=tuple(gpu.visible for gpu in facts.gpus),
         )
 

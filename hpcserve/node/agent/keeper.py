@@ -1,13 +1,14 @@
 """Sees to it that no engine outlives its agent, however the agent ends.
 
-A small child process holds one end of a pipe. The agent tells it which process groups it started;
-when the pipe closes, because the agent is gone, the keeper kills those groups and removes its scratch
-directory. PR_SET_PDEATHSIG
-would reach an engine's first process only, and not the workers below it.
+A small process holds one end of a pipe. The agent, or a task of an engine's Slurm step, tells it which
+process groups it started; when the pipe closes, because the agent is gone, the keeper kills those groups and
+removes its scratch directory. PR_SET_PDEATHSIG would reach an engine's first process only, and not the
+workers below it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,15 +20,28 @@ from ..process import signal_group
 
 
 class Keeper:
-    """Start it before any thread or event loop: it forks."""
+    """Start it before any thread or event loop: it forks. Raises OSError when it can't."""
 
     def __init__(self) -> None:
         reading, self._pipe = os.pipe()
-        self._child = os.fork()
-        if self._child == 0:
-            os.close(self._pipe)
-            _keep(reading)
+        self._ended, ending = os.pipe()
+        child = os.fork()
+        if child == 0:
+            failed = 1
+            try:
+                # Twice: where Slurm finds a step's processes by their parents (proctrack/linuxproc), it would
+                # kill the keeper with the agent, and miss what was started or lost its parent meanwhile.
+                if os.fork() == 0:
+                    os.close(self._pipe)
+                    os.close(self._ended)
+                    _keep(reading)
+                failed = 0
+            finally:
+                os._exit(failed)
         os.close(reading)
+        os.close(ending)
+        if os.waitpid(child, 0)[1]:
+            raise BlockingIOError(errno.EAGAIN, "no process can be started to end what this one leaves")
 
     def add(self, group: int) -> None:
         """`group` is to be killed when this process is gone."""
@@ -44,7 +58,9 @@ class Keeper:
     def close(self) -> None:
         """End the keeper, which kills and removes what is still registered."""
         os.close(self._pipe)
-        os.waitpid(self._child, 0)
+        # Nothing is ever written: this returns when the keeper has ended.
+        os.read(self._ended, 1)
+        os.close(self._ended)
 
     def _tell(self, line: str) -> None:
         # A keeper that somebody killed must not take the agent with it.

@@ -7,10 +7,11 @@ a file when a prompt asks for the block, and computes what it can't read, so the
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EVERY = 5.0
@@ -55,11 +56,21 @@ def trim(tier: DiskTier) -> int:
     for _, size, path in files:
         if left <= ROOM * tier.size:
             break
-        with suppress(FileNotFoundError):
+        with may_be_gone():
             os.unlink(path)
             removed += size
         left -= size
     return removed
+
+
+@contextmanager
+def may_be_gone() -> Iterator[None]:
+    """Others remove files as well; NFS calls one that another client has removed stale."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
 
 
 def _files(directory: str) -> Iterator[tuple[int, int, str]]:
@@ -70,6 +81,7 @@ def _files(directory: str) -> Iterator[tuple[int, int, str]]:
             if not name.endswith(".bin"):
                 continue
             path = os.path.join(parent, name)
-            with suppress(FileNotFoundError):
+            with may_be_gone():
                 found = os.stat(path)
-                yield found.st_mtime_ns, found.st_blocks * 512, path
+                # Lustre counts no blocks of what a client has not sent yet.
+                yield found.st_mtime_ns, max(found.st_blocks * 512, found.st_size), path

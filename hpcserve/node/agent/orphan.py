@@ -1,7 +1,8 @@
 """Ends a job whose head node died: Slurm alone would keep its other nodes until the walltime.
 
-`slurm/allocation.py` says why. Each agent that gave the controller up looks at the job until Slurm has
-noticed too, or until its patience ends; the first that finds the head node gone ends the job for all.
+`slurm/allocation.py` says why. Each agent that gave the controller up, or staging process that gave up its
+coordinator, looks at the job until Slurm has noticed too, or until its patience ends; the first that finds
+the head node gone ends the job for all.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _BETWEEN = 0.5
 _CONNECT = 5.0
 
 Pause = Callable[[float], Awaitable[bool]]
-"""Wait so many seconds; True when the agent is to go at once."""
+"""Wait so many seconds; True when this process is to go at once."""
 
 
 async def end_orphan(inputs: Inputs, rank: int, head: tuple[str, int], pause: Pause) -> None:
     """Returns when the job is ended or can end by itself, when `pause` says so, or when patience is over.
 
-    `head`: address and port of the controller; the port need not be served any more.
+    `head`: address and port of what was lost there; the port need not be served any more.
     """
     job = inputs.environ.get("SLURM_JOB_ID")
     if inputs.plan.site.scheduler != "slurm" or not job:
@@ -48,8 +49,8 @@ async def end_orphan(inputs: Inputs, rank: int, head: tuple[str, int], pause: Pa
                 await asyncio.to_thread(_end, inputs, slurm, job, allocation)
                 return
             if await _node_answers(*head):
-                # It is the controller alone that is lost: the job script is there, and ends the job once the
-                # agents have gone.
+                # It is that process alone that is lost: the job script is there, and ends the job once this
+                # step is over.
                 return
         except SlurmDown as error:
             # The next look is the retry.
@@ -88,7 +89,7 @@ def _end(inputs: Inputs, slurm: SlurmScheduler, job: str, allocation: Allocation
 
 
 def _tell(inputs: Inputs, event: str, **fields: object) -> None:
-    say(f"agent: {fields['message']}")
+    say(str(fields["message"]))
     try:
         with open_journal(inputs) as journal:
             journal.write(event, **fields)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...engines.base import Failure
 from ...rundir.atomic import storage_error
+from .step import hold_lifeline
 
 
 class Seat:
-    """Holds the node's directory, and says that the node is there. Asked like a `ReplicaProcess`."""
+    """Holds the node's directory and the lifeline of its tasks, and says that the node is there. Asked like a
+    `ReplicaProcess`."""
 
     ready_generation = None
 
@@ -28,6 +31,7 @@ class Seat:
             scratch.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise storage_error(error, "make a node-local directory") from error
+        self._lifeline = hold_lifeline(scratch)
 
     def snapshot(self) -> dict[str, Any]:
         """This node's entry in the agent's heartbeat."""
@@ -49,6 +53,9 @@ class Seat:
         """The replica's head does that."""
 
     async def run(self) -> None:
-        await self._stopping.wait()
+        try:
+            await self._stopping.wait()
+        finally:
+            os.close(self._lifeline)
         self._stopped = True
         self._changed()

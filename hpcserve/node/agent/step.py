@@ -22,7 +22,6 @@ from . import step_task
 from .log_pump import LogPump
 from .running_engine import RunningEngine
 
-_LIFELINE = "lifeline"
 _COMMAND = "command.json"
 _ORDERLY = 10.0
 """Seconds that srun gets in any case: it ends its tasks on all nodes before itself."""
@@ -32,6 +31,19 @@ _SPLITS = re.compile(r"[^\w@%+=:,./~-]")
 
 class NodeGone(EngineError):
     """A node of the replica has left since it was last looked for."""
+
+
+def hold_lifeline(scratch: Path) -> int:
+    """The lifeline of tasks whose directory this is, held open by what is returned. Raises StorageError."""
+    path = scratch / step_task.LIFELINE
+    try:
+        # A new one each time: tasks of the last start must not hold on to this one's.
+        path.unlink(missing_ok=True)
+        os.mkfifo(path, mode=0o600)
+        # For reading as well, or it would wait for a reader.
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        raise storage_error(error, "make a pipe") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +71,12 @@ class Step:
                 )
         command = {"argv": self.argv, "env": dict(self.secrets)}
         write_text(self.scratch / _COMMAND, json.dumps(command), mode=0o600)
-        path = self.scratch / _LIFELINE
-        try:
-            # A new one each time: tasks of the last start must not hold on to this one's.
-            path.unlink(missing_ok=True)
-            os.mkfifo(path, mode=0o600)
-            # For reading as well, or it would wait for a reader.
-            return os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        except OSError as error:
-            raise storage_error(error, "make a pipe") from error
+        return hold_lifeline(self.scratch)
 
     def environment(self, environ: Mapping[str, str]) -> dict[str, str]:
         """What srun's tasks have in common, beside the rest of `environ`."""
         step = {
             "launcher": self.launcher,
-            "lifeline": str(self.scratch / _LIFELINE),
             "command": str(self.scratch / _COMMAND),
             "head": next(iter(self.variables)),
             "nodes": {node: dict(variables) for node, variables in self.variables.items()},
@@ -103,9 +106,8 @@ class RunningStep(RunningEngine):
         self._lifeline = lifeline
 
     async def end(self, deadline: Callable[[], float]) -> int:
-        """srun answers SIGTERM by killing its tasks, and waits for them. Were it killed itself they would go
-        on, but for the first one, which notices that the lifeline is closed, and ends the step by its number.
-        """
+        """srun answers SIGTERM by killing its tasks, and waits for them. Were it killed itself, the tasks on
+        this node would notice that the lifeline is closed, and the first one end the step by its number."""
         least = asyncio.get_running_loop().time() + _ORDERLY
         try:
             return await super().end(lambda: max(deadline(), least))

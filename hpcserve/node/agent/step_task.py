@@ -1,19 +1,23 @@
 """One task of a replica that is a Slurm step: `python -m hpcserve.node.agent.step_task`, started by srun.
 
-Each task takes its node's variables and becomes the engine's MPI launcher. The first task stays beside it and
-watches the agent: when agent and srun were killed, nobody else would end the tasks, least of all those on
-other nodes. In the first task the launcher runs `… step_task command FILE`: the engine's command with the job
-key, from a file that only this user can read.
+Each task takes its node's variables, runs the engine's MPI launcher, and ends all that the launcher started
+when that ends, when Slurm ends the task, or when the task is killed. Slurm does so itself only where it keeps
+a step's processes in a cgroup; elsewhere a process whose parent has ended is no longer one of the step's.
 
-It runs once for each GPU of the replica, so it imports nothing else of hpcserve.
+It also watches the agent of its node, which holds a pipe in the task's directory: the end of a task must not
+depend on srun and Slurm's daemons alone. When the replica's agent and srun were killed, the first task asks
+Slurm to end the others. In the first task the launcher runs `… step_task command FILE`: the engine's command
+with the job key, from a file that only this user can read.
+
+It runs once for each GPU of the replica, so it imports little of hpcserve.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,18 +25,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from ..process import signal_group
+from .keeper import Keeper
+
 MODULE = "hpcserve.node.agent.step_task"
 VARIABLE = "HPCSERVE_STEP"
-"""JSON: `launcher`, `lifeline`, `command` (paths), and for each node's name in `nodes` its variables."""
+"""JSON: `launcher`, `command` (paths), `head`, and for each node's name in `nodes` its variables."""
 COMMAND = "command"
+LIFELINE = "lifeline"
+"""Below $TMPDIR: a named pipe that is held open for as long as the task is to run."""
+_GRACE = 10.0
+"""Seconds that tasks on a further node give the replica's head to end the step, after their agent has ended:
+all agents are told to stop, and not at once."""
 _LOOK = 0.2
+_GROUP_END = 5.0
+"""Seconds the kernel may take to clear a killed process group."""
 _RETRY = 1.0
 _TRIES = 30
 """Slurm's controller may be away for a moment."""
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """The exit status; `command` and all tasks but the first become another program."""
+    """The exit status; `command` becomes another program."""
     if argv[:1] == [COMMAND]:
         _become_command(argv[1])
     step = json.loads(environ[VARIABLE])
@@ -47,9 +61,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if shutil.which(program[0]) is None:
         print(f"error: {node} has no {program[0]} on its PATH", file=sys.stderr)
         return 127
-    if not first:
-        os.execvp(program[0], program)
-    return _watch(program, step["lifeline"], f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")
+    status = _run(program, 0.0 if node == step["head"] else _GRACE)
+    if status is None and first:
+        _end(f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}")
+    return 1 if status is None else status
 
 
 def _become_command(path: str) -> NoReturn:
@@ -58,19 +73,47 @@ def _become_command(path: str) -> NoReturn:
     os.execvpe(command["argv"][0], command["argv"], {**os.environ, **command["env"]})
 
 
-def _watch(program: Sequence[str], lifeline: str, step: str) -> int:
-    """Run the launcher for as long as somebody holds the lifeline."""
-    # Not waiting for a writer: one that is gone would never come.
-    pipe = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
-    with subprocess.Popen(program) as launcher:
-        while launcher.poll() is None:
-            if select.select([pipe], [], [], _LOOK)[0] or not _held(pipe):
-                _say(f"the agent is gone: ending the step {step}")
-                _end(step)
-                launcher.kill()
-                return 1
-        status = launcher.returncode
+def _run(program: Sequence[str], grace: float) -> int | None:
+    """The launcher's exit status, once all that it started is gone. It is ended when Slurm ends the task, and
+    `grace` seconds after the agent has ended. None: the agent is gone."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    keeper = Keeper()
+    pipe = _open(LIFELINE)
+    # A group of its own. The child itself tells the keeper, so it can start nothing that is not known.
+    launcher = subprocess.Popen(program, process_group=0, preexec_fn=lambda: keeper.add(os.getpid()))
+    gone: float | None = None
+    while launcher.poll() is None and not told:
+        if not _held(pipe):
+            gone = gone or time.monotonic()
+            if time.monotonic() - gone >= grace:
+                break
+        time.sleep(_LOOK)
+    # At once: ranks die of SIGTERM, and a server may wait for their answers then. What there was to finish,
+    # the router has let finish before.
+    deadline = time.monotonic() + _GROUP_END
+    while signal_group(launcher.pid, signal.SIGKILL) and time.monotonic() < deadline:
+        launcher.poll()
+        time.sleep(0.02)
+    keeper.close()
+    if told:
+        return 128 + told[0]
+    if not _held(pipe):
+        return None
+    status = launcher.returncode if launcher.returncode is not None else -signal.SIGKILL
     return status if status >= 0 else 128 - status
+
+
+def _open(lifeline: str) -> int:
+    """An end of the lifeline. If that is gone with the agent's directory, of a pipe that nobody holds."""
+    try:
+        # Not waiting for a writer: one that is gone would never come.
+        return os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        reading, writing = os.pipe()
+        os.close(writing)
+        os.set_blocking(reading, False)
+        return reading
 
 
 def _held(pipe: int) -> bool:
@@ -83,6 +126,7 @@ def _held(pipe: int) -> bool:
 
 def _end(step: str) -> None:
     """Kill all tasks of the step, this one among them."""
+    _say(f"the agent is gone: ending the step {step}")
     for _ in range(_TRIES):
         try:
             subprocess.run(["scancel", "--signal=KILL", step], check=True, stdin=subprocess.DEVNULL)

@@ -13,8 +13,12 @@ from ..fabric.rails import NodeRails, sort_out
 from ..fabric.settings import Degraded, Setting
 
 _RDMA = ("infiniband", "roce")
-_UCX_ON = ("y", "yes", "1", "on", "try")
-"""What a site may write for UCX_CUDA_IPC_ENABLE_MNNVL, if memory is to be shared over NVLink."""
+_ON = {
+    "UCX_CUDA_IPC_ENABLE_MNNVL": ("y", "yes", "1", "on", "try"),
+    "NCCL_MNNVL_ENABLE": ("1", "2"),
+    "NCCL_CUMEM_ENABLE": ("1",),
+}
+"""What a site may write for them, if memory is to be shared over NVLink."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +43,13 @@ def transfer_devices(
     joined = tuple(nvlink.settings(plan, facts, replica, ranks))
     settings = (*_sockets(facts), *_transports(plan, facts, replica), *joined)
     final = {setting.name: setting.value for setting in settings} | given(plan, replica)
-    degraded = _degraded(plan, facts, replica, ranks, joined) if crosses_nodes(plan, replica) else ()
+    over_nvlink = {setting.name for setting in joined if final[setting.name] in _ON[setting.name]}
+    all_over_nvlink = bool(joined) and len(over_nvlink) == len(joined)
+    degraded = _degraded(plan, facts, replica, ranks, all_over_nvlink) if crosses_nodes(plan, replica) else ()
     return Devices(
         settings=settings,
         degraded=tuple(degraded),
-        kv_over_nvlink=bool(joined) and final.get("UCX_CUDA_IPC_ENABLE_MNNVL") in _UCX_ON,
+        kv_over_nvlink="UCX_CUDA_IPC_ENABLE_MNNVL" in over_nvlink,
     )
 
 
@@ -138,17 +144,17 @@ def _tcp(plan: Plan, facts: RankFacts, replica: ReplicaPlan) -> Iterator[Setting
 
 
 def _degraded(
-    plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequence[RankFacts], joined: Sequence[Setting]
+    plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequence[RankFacts], all_over_nvlink: bool
 ) -> Iterator[Degraded]:
     complaint = nvlink.complaint(plan, facts, replica, ranks)
-    # A job that is larger than a domain can't be inside one: that is as asked for.
-    if complaint is not None and plan.nodes <= plan.site.node.nvlink_domain_nodes:
+    # Who sets it has decided.
+    if complaint is not None and "UCX_CUDA_IPC_ENABLE_MNNVL" not in given(plan, replica):
         yield Degraded(
             message=complaint,
             hint="`nvidia-smi -q` (Fabric), `nvidia-imex-ctl -N` and /dev/nvidia-caps-imex-channels, in the"
             " step and the container, show it; `slurm.segment` of the site keeps a job inside one block",
         )
-    if any(setting.value in ("y", "1") for setting in joined):
+    if all_over_nvlink:
         # What follows is about the way that is then not taken.
         return
     yield from _degraded_network(plan, facts, replica)

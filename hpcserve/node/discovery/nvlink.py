@@ -38,14 +38,19 @@ class Imex:
     """Channels that this user may open, in this container."""
     status: str | None = None
     """Of the domain, by its daemon: `UP`, `DEGRADED`, `DOWN`; None where the daemon can't be asked."""
+    daemon: str | None = None
+    """Of the node's own daemon, such as `READY` or `WAITING_FOR_PEERS`; None where it can't be asked."""
 
     @property
     def trouble(self) -> str | None:
         """Why no memory crosses NVLink from here; None where it may."""
         if not self.channels:
             return "it has no IMEX channel that this job may open"
-        if self.status is not None and self.status != "UP":
+        if self.status not in (None, "UP", "DEGRADED"):
             return f"its IMEX domain is {self.status}"
+        # A domain is degraded by any node that is switched off, of whoever's job: what counts is the own one.
+        if self.status == "DEGRADED" and self.daemon != "READY":
+            return f"its IMEX domain is DEGRADED, and its own daemon {self.daemon or 'says nothing'}"
         return None
 
 
@@ -93,19 +98,28 @@ def find_imex(environ: Mapping[str, str], channels: Path = CHANNELS) -> Imex:
         for entry in children(channels)
         if re.fullmatch(r"channel\d+", entry.name) and os.access(entry, os.R_OK | os.W_OK)
     ]
-    return Imex(channels=tuple(sorted(numbers)), status=_domain_status(environ))
+    status = _domain_status(_ask(environ, "-N", "-j"))
+    daemon = _ask(environ, "-q") if status == "DEGRADED" else None
+    return Imex(channels=tuple(sorted(numbers)), status=status, daemon=(daemon or "").strip() or None)
 
 
-def _domain_status(environ: Mapping[str, str]) -> str | None:
+def _ask(environ: Mapping[str, str], *what: str) -> str | None:
+    """What nvidia-imex-ctl prints; None without a daemon, or with one that may not be asked."""
     program = shutil.which("nvidia-imex-ctl", path=environ.get("PATH"))
     if program is None:
         return None
-    command = [program, "-N", "-j"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        answer = json.loads(done.stdout)
-    except (OSError, subprocess.TimeoutExpired, ValueError):
-        # No daemon, or one that may not be asked. The channels have the last word.
+        done = subprocess.run([program, *what], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        # The channels have the last word.
+        return None
+    return done.stdout
+
+
+def _domain_status(told: str | None) -> str | None:
+    try:
+        answer = json.loads(told or "")
+    except ValueError:
         return None
     status = answer.get("status") if isinstance(answer, dict) else None
     return status if isinstance(status, str) else None

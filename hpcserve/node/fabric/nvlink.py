@@ -68,7 +68,7 @@ def complaint(plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequenc
     """What is wrong with this node's NVLink to those it works with; None where nothing is.
 
     The words are the same on all nodes with the same trouble, and what another node lacks is for that one
-    to tell.
+    to tell. A job that is larger than a domain can't be inside one: that is as asked for.
     """
     if facts.nvlink_trouble is not None:
         return f"NVLink does not reach other nodes: its fabric has {facts.nvlink_trouble}"
@@ -78,7 +78,8 @@ def complaint(plan: Plan, facts: RankFacts, replica: ReplicaPlan, ranks: Sequenc
     trouble = _NOBODY_LOOKED if facts.imex is None else facts.imex.trouble
     if trouble is not None:
         return f"NVLink to other nodes is not used: {trouble}"
-    if any(entry.nvlink_domain not in (facts.nvlink_domain, None) for entry in others):
+    fits = plan.nodes <= plan.site.node.nvlink_domain_nodes
+    if fits and any(entry.nvlink_domain not in (facts.nvlink_domain, None) for entry in others):
         return "the job's nodes are in several NVLink domains, so less crosses NVLink than could"
     return None
 

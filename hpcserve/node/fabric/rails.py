@@ -1,7 +1,7 @@
 """Which ports carry the GPUs' traffic, and which are for storage and management. Pure.
 
 A rail is a port below a PCIe switch that it shares with a GPU. Machines without such switches (Grace, virtual
-machines) have rails as well: there the ports of the highest rate are taken for them.
+machines) have rails as well: there the ports of the highest rate on each NUMA node are taken for them.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def sort_out(gpus: Iterable[Gpu], ports: Iterable[HcaPort], *, infiniband: bool)
     switched = {name for (_, name), how in near.items() if how.on_switch}
     rails = _full_rate([port for port in solid if port.name in switched], placed, near)
     if not rails:
-        best = max((port.rate_gbps for port in solid), default=0.0)
-        rails = [port for port in solid if port.rate_gbps == best]
+        rails = _fastest_by_numa(solid)
     used = [_used(gpu, rails, near) for gpu in placed]
-    missing = [port for port in right if port.pci and port not in usable]
+    # A fellow that is slower than the others is one that a GPU should have, and has not.
+    missing = [port for port in right if port.pci and port not in rails]
     return NodeRails(
         gpus=tuple(replace(entry, lost=_lost(entry, used, missing, near)) for entry in used),
         ports=tuple(rails),
@@ -89,6 +89,18 @@ def _full_rate(ports: list[HcaPort], gpus: Iterable[Gpu], near: _Near) -> list[H
         best = max((port.rate_gbps for port in own), default=0.0)
         kept |= {port.name for port in own if port.rate_gbps == best}
     return [port for port in ports if port.name in kept]
+
+
+def _fastest_by_numa(ports: list[HcaPort]) -> list[HcaPort]:
+    """Those of the highest rate on each NUMA node, but none of less than half of what another has.
+
+    A link that came up at half its rate is nearer than those that other GPUs use already.
+    """
+    best: dict[int | None, float] = {}
+    for port in ports:
+        best[port.numa] = max(best.get(port.numa, 0.0), port.rate_gbps)
+    least = max(best.values(), default=0.0) / 2
+    return [port for port in ports if port.rate_gbps == best[port.numa] >= least]
 
 
 def _used(gpu: Gpu, rails: list[HcaPort], near: _Near) -> GpuRails:

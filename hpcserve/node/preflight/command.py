@@ -32,6 +32,6 @@ def probe_command(inputs: Inputs, placed: Placed) -> Command:
     inside = (plan.site.container.python, *_PROGRAM)
     return Command(
         argv=contained_argv(plan, inputs.run.path, inside, scratch="/", environ=inputs.environ),
-        environ=contained_environment(plan, environ, placed.added),
+        environ=contained_environment(plan, environ, placed.added, outside=inputs.environ),
         contained=True,
     )

@@ -23,9 +23,10 @@ from ..frames import HELLO_TIMEOUT, Channel, Failed, WrongKey, accept
 from ..inputs import Inputs
 from ..journal import Journal
 from ..ports import listen
-from .source import list_model
+from .source import Listing, list_model
+from .thread import in_thread
 from .trouble import NotStaged
-from .worker import MAX_FRAME, coordinator_file, port_range
+from .worker import BEAT, MAX_FRAME, coordinator_file, port_range
 
 JOIN_WAIT = 120.0
 """Seconds for every rank to report; the rendezvous has just shown that all nodes are there."""
@@ -97,6 +98,7 @@ class Coordinator:
         place = coordinator_file(self._inputs)
         place.parent.mkdir(mode=0o700, exist_ok=True)
         write_json(place, {"attempt": self._inputs.attempt, "address": host, "port": port})
+        heart = asyncio.create_task(self._beat())
         try:
             path = await self._stage()
         except HpcserveError as error:
@@ -109,11 +111,22 @@ class Coordinator:
                 peer.order("end")
             return path
         finally:
+            # Who lost the way to this node sees by it that it ended.
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
+            heart.cancel()
             await self._flush()
             server.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        """Nobody has anything to hear for long, and a node without power sends no end of its connections."""
+        while True:
+            for peer in self._peers.values():
+                peer.channel.put({"do": "beat"})
+            await asyncio.sleep(BEAT)
 
     async def _flush(self) -> None:
         for peer in self._peers.values():
@@ -137,7 +150,7 @@ class Coordinator:
                 hint="prefill and decode engines need the byte-identical path: choose a `storage.node_local`"
                 " that is the same everywhere",
             )
-        listing = await asyncio.to_thread(list_model, self._inputs.plan.model.model)
+        listing = await self._list()
         self._total = listing.size
         told = msgspec.to_builtins(listing)
         # Ranks that see one directory (several on one machine) need one copy between them.
@@ -155,6 +168,18 @@ class Coordinator:
         reused = sum(offer["claim"] == "complete" for offer in offers)
         self._tell_end(str(offers[0]["path"]), len(ring), reused)
         return str(offers[0]["path"])
+
+    async def _list(self) -> Listing:
+        """Nodes and time are watched meanwhile. Raises StorageError."""
+        self._waits_for = "the model's directory is still being listed"
+        listing = asyncio.create_task(in_thread(list_model, self._inputs.plan.model.model))
+        listing.add_done_callback(lambda _: self._news.set())
+        try:
+            await self._until(listing.done, lambda: None)
+            self._waits_for = None
+            return listing.result()
+        finally:
+            listing.cancel()
 
     async def _offers(self, peers: list[Peer], listing: Any) -> list[Mapping[str, Any]]:
         """What each has and may write; waits while other jobs of the user write the same copy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from ...errors import JobError, StorageError
 from ...rundir.atomic import read_json, write_json
 from ..console import warn
 from .source import Listing
-from .store import Lock, Store, files_below, own_file, remove
+from .store import RECENT, Lock, Store, files_below, own_file, remove
 from .trouble import NotStaged
 
 VERSION = 1
@@ -59,7 +60,7 @@ class Copy:
         """Does not wait. Raises OSError."""
         if not self._lock.shared():
             return "staging"
-        self._lock.touch()
+        self._lock.promise()
         self.whole = self._complete()
         if self.whole:
             return "complete"
@@ -179,7 +180,7 @@ class Copy:
         self.partial.rename(self.path)
         _sync(self.directory)
         self.whole = True
-        self._lock.touch()
+        self._lock.promise()
         self._lock.shared()
 
     def discard(self) -> None:
@@ -204,11 +205,15 @@ class Lease:
             self._lock.close()
             raise _gone(path)
         self._lock.touch()
+        self._promised = self._lock.promised()
 
     def end(self, *, keep: bool) -> None:
-        """Nobody here uses it any more. Without `keep` it is removed, unless another job uses it."""
+        """Nobody here uses it any more.
+
+        Without `keep` it is removed, unless another job uses it, or staged it just now and will.
+        """
         try:
-            if not keep and self._lock.exclusive():
+            if not keep and self._lock.exclusive() and not self._awaited():
                 remove(self._directory)
             else:
                 self._lock.touch()
@@ -216,6 +221,10 @@ class Lease:
             warn(f"the copy of the model in {self._directory} stays: {error.strerror or error}")
         finally:
             self._lock.close()
+
+    def _awaited(self) -> bool:
+        promised = self._lock.promised()
+        return promised > self._promised and time.time() - promised < RECENT
 
 
 def _gone(path: str) -> JobError:

@@ -17,7 +17,8 @@ import resource
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import xxhash
 
@@ -26,12 +27,26 @@ from .copy import Copy
 from .links import LANES, Place, read_exactly
 from .schedule import CHUNK, Chunk
 from .source import open_source, read_at
+from .thread import start
 from .trouble import DiskFull, LostNeighbour, NotStaged
 
 _HEAD = struct.Struct("!II16s")
 """Number of the chunk in the schedule, its length, its XXH3-128."""
 _END = None
 _FILES = 65536
+_SHORTER = "a file of the copy became shorter"
+_NETWORK = frozenset(
+    {
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOBUFS,
+        errno.ENOTCONN,
+    }
+)
+"""What a connection fails with, beside those that Python has an exception for."""
 
 
 class Relay:
@@ -79,22 +94,16 @@ class Relay:
     def run(self) -> None:
         """Until every file is whole and everything is passed on. Raises what went wrong first."""
         _allow_many_files()
+        threads: list[threading.Thread] = []
         try:
             self._begin()
-            threads = [threading.Thread(target=self._guard, args=(self._finish,))]
-            threads += [threading.Thread(target=self._guard, args=(self._reader,)) for _ in range(LANES)]
-            for link in self._before:
-                threads.append(threading.Thread(target=self._guard, args=(self._receiver, link)))
-            for link in self._after:
-                threads.append(threading.Thread(target=self._guard, args=(self._sender, link)))
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except OSError as error:
-            self.stop(_local_trouble(error, self._copy))
-        finally:
-            self._close()
+            for work, *arguments in self._works():
+                threads.append(start(self._guard, work, *arguments))
+        except Exception as error:
+            self._fail(error)
+        for thread in threads:
+            thread.join()
+        self._close()
         if isinstance(self._error, DiskFull):
             self._copy.discard()
         if self._error is not None:
@@ -144,14 +153,28 @@ class Relay:
 
     # The threads.
 
+    def _works(self) -> Iterator[tuple[Any, ...]]:
+        """What each does, and with what."""
+        yield (self._finish,)
+        for _ in range(LANES):
+            yield (self._reader,)
+        for link in self._before:
+            yield self._receiver, link
+        for link in self._after:
+            yield self._sender, link
+
     def _guard(self, work: Callable[..., None], *arguments: socket.socket) -> None:
         try:
             work(*arguments)
-        except HpcserveError as error:
-            self.stop(error)
-        except OSError as error:
-            self.stop(_local_trouble(error, self._copy))
         except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, HpcserveError):
+            self.stop(error)
+        elif isinstance(error, OSError):
+            self.stop(_local_trouble(error, self._copy, "write to"))
+        else:
             self.stop(NotStaged(f"staging broke: {error!r}", hint="this is a bug in hpcserve"))
 
     def _reader(self) -> None:
@@ -164,7 +187,10 @@ class Relay:
             file = self._copy.listing.files[chunk.file]
             piece = buffer[: chunk.length]
             if chunk.file in self._held:
-                read_at(self._open[chunk.file], piece, chunk.offset, file)
+                try:
+                    _read_at(self._open[chunk.file], piece, chunk.offset)
+                except OSError as error:
+                    raise _local_trouble(error, self._copy, "read from") from error
             else:
                 read_at(self._source(chunk.file), piece, chunk.offset, file)
             self._take(number, chunk, piece, xxhash.xxh3_128_digest(piece), mine=True)
@@ -233,16 +259,22 @@ class Relay:
             self._to_finish.put(chunk.file)
 
     def _sender(self, link: socket.socket) -> None:
+        try:
+            self._send(link)
+        except OSError as error:
+            # sendfile(2) reads and sends: only the number tells which of the two failed.
+            if isinstance(error, ConnectionError | TimeoutError) or error.errno in _NETWORK:
+                raise LostNeighbour(f"lost the connection to the next node: {error}") from error
+            raise _local_trouble(error, self._copy, "read from") from error
+
+    def _send(self, link: socket.socket) -> None:
         while not self._stopped:
             number = self._to_send.get()
             if number is _END:
                 break
             chunk = self._chunks[number]
-            try:
-                link.sendall(_HEAD.pack(number, chunk.length, self._digests[number]))
-                _send_file(link, self._open[chunk.file], chunk)
-            except OSError as error:
-                raise LostNeighbour(f"lost the connection to the next node: {error}") from error
+            link.sendall(_HEAD.pack(number, chunk.length, self._digests[number]))
+            _send_file(link, self._open[chunk.file], chunk)
             with self._lock:
                 self._unsent -= 1
                 last = self._unsent == 0
@@ -267,6 +299,15 @@ class Relay:
             os.close(descriptor)
 
 
+def _read_at(descriptor: int, piece: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(piece):
+        count = os.preadv(descriptor, [piece[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, _SHORTER)
+        done += count
+
+
 def _write_at(descriptor: int, piece: memoryview, offset: int) -> None:
     done = 0
     while done < len(piece):
@@ -278,12 +319,12 @@ def _send_file(link: socket.socket, descriptor: int, chunk: Chunk) -> None:
     while done < chunk.length:
         count = os.sendfile(link.fileno(), descriptor, chunk.offset + done, chunk.length - done)
         if count == 0:
-            raise OSError(errno.EIO, "the file on this node became shorter")
+            raise OSError(errno.EIO, _SHORTER)
         done += count
 
 
-def _local_trouble(error: OSError, copy: Copy) -> NotStaged:
-    told = f"can't write to {copy.directory}: {error.strerror or error}"
+def _local_trouble(error: OSError, copy: Copy, doing: str) -> NotStaged:
+    told = f"can't {doing} {copy.directory}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free space there, or point `storage.node_local` of the site at another directory"
         return DiskFull(told, hint=hint)

@@ -10,21 +10,24 @@ import msgspec
 
 from ...errors import HpcserveError
 from ...rundir.atomic import write_json
+from ..agent.orphan import end_orphan
 from ..console import say, warn
 from ..discovery.facts import Roster, wait_for_roster
+from ..frames import CLOSE_TIMEOUT
 from ..inputs import Inputs
 from ..journal import Journal, open_journal
 from ..rank import rank_of
 from .coordinator import Coordinator
 from .staged import Staged
-from .trouble import NotStaged
-from .worker import Worker
+from .trouble import LostHead, NotStaged
+from .worker import SETTLE, Worker, coordinator_file
 
 
 def run_stage(inputs: Inputs) -> int:
     """Stage the model, or tell why all engines load from the shared path; staged.json says which.
 
-    Raises JobError or StorageError when the run can't go on: a lost node, a model that can't be read.
+    Raises JobError or StorageError when the run can't go on: a lost node, a model that can't be read. Threads
+    that a file system holds up are left behind, and end with the process.
     """
     rank = rank_of(inputs.environ)
     if rank != 0:
@@ -38,10 +41,30 @@ def run_stage(inputs: Inputs) -> int:
 
 async def _serve(inputs: Inputs, rank: int) -> None:
     roster = await wait_for_roster(inputs.run, inputs.attempt)
+    worker = Worker(inputs, roster, rank)
     try:
-        await Worker(inputs, roster, rank).run()
+        await worker.run()
     except NotStaged as error:
         say(f"staging: given up: {error.message}")
+    except LostHead as error:
+        say(f"staging: {error.message}")
+        await _end_orphan(inputs, roster, rank, worker.head)
+        raise
+
+
+async def _end_orphan(inputs: Inputs, roster: Roster, rank: int, head: tuple[str, int] | None) -> None:
+    """The job script died with the head node, unless only the way to it is cut."""
+
+    async def pause(seconds: float) -> bool:
+        """True once the coordinator ended in order."""
+        await asyncio.sleep(seconds)
+        try:
+            return head is not None and not coordinator_file(inputs).exists()
+        except OSError:
+            return False
+
+    somewhere = (roster.ranks[0].address, inputs.plan.site.ports.low)
+    await end_orphan(inputs, rank, head or somewhere, pause)
 
 
 async def _lead(inputs: Inputs, journal: Journal) -> None:
@@ -63,6 +86,8 @@ async def _path(inputs: Inputs, roster: Roster, journal: Journal) -> str | None:
         warn(message, error.hint)
         return None
     finally:
+        # The coordinator told it to end, unless it never came so far.
+        await asyncio.wait({worker}, timeout=SETTLE + CLOSE_TIMEOUT)
         worker.cancel()
         with suppress(HpcserveError, asyncio.CancelledError):
             await worker

@@ -128,11 +128,19 @@ class Lock:
 
     def touch(self) -> None:
         """The copy is used now."""
+        os.utime(self._file, ns=(os.fstat(self._file).st_atime_ns, time.time_ns()))
+
+    def promise(self) -> None:
+        """The copy is used now, and a job whose engines are to come counts on it."""
         os.utime(self._file)
 
     def used(self) -> float:
         """Unix seconds."""
         return os.fstat(self._file).st_mtime
+
+    def promised(self) -> float:
+        """Unix seconds: the last `promise`. It is the file's atime, for nobody reads an empty file."""
+        return os.fstat(self._file).st_atime
 
     def close(self) -> None:
         os.close(self._file)

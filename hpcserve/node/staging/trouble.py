@@ -1,4 +1,4 @@
-"""Why a model is not staged although the run can go on without."""
+"""Why a model is not staged: mostly the run can go on without."""
 
 from __future__ import annotations
 
@@ -15,3 +15,7 @@ class DiskFull(NotStaged):
 
 class LostNeighbour(NotStaged):
     """The other end of a lane is gone: most often it has a reason of its own, and that is the one to tell."""
+
+
+class LostHead(JobError):
+    """Nothing comes from the head node any more: it died, or the way to it is cut."""

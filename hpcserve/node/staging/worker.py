@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ from .relay import Relay
 from .schedule import schedule
 from .source import Listing
 from .store import IN_MEMORY, SHARED, Store, memory_for_files
-from .trouble import LostNeighbour, NotStaged
+from .thread import in_thread
+from .trouble import LostHead, LostNeighbour, NotStaged
 
 BEAT = 1.0
-"""Seconds between two words to the coordinator."""
+"""Seconds between two words to the coordinator, and from it."""
+HEAD_SILENT = 120.0
+"""Seconds without a word after which the head node is lost. Longer than the coordinator's own patience:
+between two words it writes to the run's directory, and a shared file system may hold it up."""
+SETTLE = 10.0
+"""Seconds for what is still done on this node when all is over; longer where a file system hangs."""
 _FIND_WAIT = 90.0
 """Seconds for the coordinator's address to be visible, and to take a connection."""
 _HELLO = 30.0
@@ -64,35 +71,46 @@ class Worker:
         self._over = threading.Event()
         self._listing: Listing | None = None
         self._task: asyncio.Task[None] | None = None
+        self.head: tuple[str, int] | None = None
+        """Address and port of the coordinator, once it told them."""
 
     async def run(self) -> None:
-        """Raises JobError; NotStaged when the run goes on with the shared path."""
+        """Raises JobError, LostHead when it may be the head node that died; NotStaged when the run goes on
+        with the shared path."""
         listening = listen(port_range(self._inputs, f"data {self._rank}"), self._facts.address)
-        channel = await self._find()
+        port = listening.getsockname()[1]
+        try:
+            channel = await self._find()
+        except BaseException:
+            listening.close()
+            raise
         heart = asyncio.create_task(self._beat(channel))
         try:
-            self._say(channel, "join", **self._look(), port=listening.getsockname()[1])
-            while True:
-                try:
-                    order = await channel.receive()
-                except (*Failed, WrongKey) as error:
-                    raise JobError(
-                        "lost the head node while the model was staged",
-                        hint="logs/staging-0.log has what the head node said",
-                    ) from error
-                if not await self._obey(order, channel, listening):
-                    return
+            self._do(self._answer(channel, "join", lambda: {**self._look(), "port": port}))
+            while self._obey(await self._order(channel), channel, listening):
+                pass
         finally:
             heart.cancel()
             self._over.set()
             if self._relay is not None:
                 self._relay.stop(NotStaged("staging was ended"))
-            if self._task is not None:
-                await asyncio.gather(self._task, return_exceptions=True)
-            if self._copy is not None:
-                self._copy.close()
+            if await self._at_rest():
+                self._release()
             listening.close()
             await channel.close()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """One thing after the other, beside listening: the coordinator may have enough of it."""
+        self._task = asyncio.create_task(work)
+
+    async def _at_rest(self) -> bool:
+        """False when a thread does not end; then the copy stays locked until the process ends."""
+        if self._task is None:
+            return True
+        await asyncio.wait({self._task}, timeout=SETTLE)
+        if not self._task.done():
+            say(f"staging: a file system holds this node up for more than {SETTLE:g} s; it is not waited for")
+        return self._task.done()
 
     # To the coordinator, and back.
 
@@ -102,13 +120,14 @@ class Worker:
             try:
                 entry = read_json(coordinator_file(self._inputs))
                 if entry["attempt"] == self._inputs.attempt:
+                    self.head = (entry["address"], entry["port"])
                     channel = await self._introduce(entry["address"], entry["port"])
                     if channel is not None:
                         return channel
             except (*Failed, WrongKey, StorageError):
                 pass  # not there yet, or not ours
             if time.monotonic() > deadline:
-                raise JobError(
+                raise (JobError if self.head else LostHead)(
                     f"rank {self._rank} ({self._facts.node}) can't reach the head node to stage the model",
                     hint="logs/staging-0.log says how far that is; a firewall between nodes looks like this",
                 )
@@ -141,16 +160,28 @@ class Worker:
             self._say(channel, "beat", counts=counts)
             await asyncio.sleep(BEAT)
 
-    async def _obey(self, order: Mapping[str, Any], channel: Channel, listening: socket.socket) -> bool:
+    async def _order(self, channel: Channel) -> Mapping[str, Any]:
+        try:
+            async with asyncio.timeout(HEAD_SILENT):
+                return await channel.receive()
+        except (*Failed, WrongKey) as error:
+            raise LostHead(
+                "lost the head node while the model was staged",
+                hint="logs/staging-0.log has what the head node said",
+            ) from error
+
+    def _obey(self, order: Mapping[str, Any], channel: Channel, listening: socket.socket) -> bool:
         """False when that was the last."""
         match order["do"]:
+            case "beat":
+                pass
             case "offer":
                 self._listing = msgspec.convert(order["listing"], Listing)
-                await self._answer(channel, "offer", self._offer)
+                self._do(self._answer(channel, "offer", self._offer))
             case "release":
                 self._release()
             case "go":
-                self._task = asyncio.create_task(self._stage(order, channel, listening))
+                self._do(self._stage(order, channel, listening))
             case "end":
                 return False
             case "abort":
@@ -158,11 +189,11 @@ class Worker:
                 raise kind(order["message"], hint=order["hint"])
         return True
 
-    async def _answer(self, channel: Channel, kind: str, work: Any) -> None:
+    async def _answer(self, channel: Channel, kind: str, work: Callable[[], Mapping[str, Any]]) -> None:
         """In a thread: file systems may hang, and the heart is to beat on."""
         try:
-            fields = await asyncio.to_thread(work)
-        except (HpcserveError, OSError) as error:
+            fields = await in_thread(work)
+        except Exception as error:
             self._say(channel, "failed", **_told(error))
             return
         self._say(channel, kind, **fields)
@@ -229,8 +260,8 @@ class Worker:
 
     async def _stage(self, order: Mapping[str, Any], channel: Channel, listening: socket.socket) -> None:
         try:
-            await asyncio.to_thread(self._run_relay, order, listening)
-        except (HpcserveError, OSError) as error:
+            await in_thread(self._run_relay, order, listening)
+        except Exception as error:
             self._say(channel, "failed", **_told(error))
             return
         assert self._relay is not None, "it has just run"
@@ -242,7 +273,7 @@ class Worker:
         assert copy is not None, "it made an offer"
         size = len(ring)
         here = [entry["rank"] for entry in ring].index(self._rank)
-        held = [frozenset(entry["held"]) for entry in ring]
+        chunks = schedule(copy.listing.files, [frozenset(entry["held"]) for entry in ring])
         key, name = self._inputs.job_key.encode(), str(order["name"])
         before: list[socket.socket] = []
         after: list[socket.socket] = []
@@ -251,22 +282,29 @@ class Worker:
             next_one = (following["address"], following["port"])
             before, after = open_ring(listening, next_one, key, name, Place(here, size), self._over)
         place = Place(here, size)
-        self._relay = Relay(copy, self._held, schedule(copy.listing.files, held), place, before, after)
+        self._relay = Relay(copy, self._held, chunks, place, before, after)
         # `run` sets the one and then looks for the other, so one of the two sees it.
         if self._over.is_set():
-            raise NotStaged("staging was ended")
+            self._relay.stop(NotStaged("staging was ended"))
         self._relay.run()
         if not copy.whole:
             copy.commit()
 
 
 def _told(error: Exception) -> dict[str, Any]:
-    hint = error.hint if isinstance(error, HpcserveError) else None
-    soft = isinstance(error, NotStaged | OSError)
+    message, hint = str(error), "look at that path on this node"
+    if isinstance(error, HpcserveError):
+        hint = error.hint or hint
+    elif not isinstance(error, OSError):
+        say("".join(traceback.format_exception(error)))
+        message, hint = (
+            f"staging broke: {error!r}",
+            "this is a bug in hpcserve; logs/staging-RANK.log has more",
+        )
     return {
-        "message": str(error),
-        "hint": hint or "look at that path on this node",
-        "soft": soft,
+        "message": message,
+        "hint": hint,
+        "soft": not isinstance(error, HpcserveError) or isinstance(error, NotStaged),
         "secondary": isinstance(error, LostNeighbour),
     }
 

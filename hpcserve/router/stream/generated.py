@@ -24,6 +24,8 @@ _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 _ONGOING = b'"finish_reason":null'
 _CHAT_TEXT = b'"delta":{"content":"'
+_SGLANG_CHAT_TEXT = b'"delta":{"reasoning_content":null,"content":"'
+"""In SGLang's chunks (0.5.23, srt/entrypoints/openai/sse_utils.py); what follows the text is as in vLLM's."""
 _CHAT_CLOSE = b'"},"logprobs":'
 _TEXT = b'"text":"'
 _CLOSE = b'","logprobs":'
@@ -190,10 +192,10 @@ class GeneratedStream:
         if not self.introduced or event.find(_ONGOING) < 0:
             return self._unusual(event)
         at = event.find(_IDS)
-        start = event.find(self._mark) + len(self._mark)
+        size = len(self._mark)
+        start = event.find(self._mark) + size
         stop = event.find(self._close, start, at if at > 0 else len(event))
-        # `find` of nothing leaves `start` at a length below `data: {`, where no text can be.
-        if stop <= 0 or start <= 20 or event.find(_ONGOING, stop, at if at > 0 else len(event)) <= 0:
+        if stop <= 0 or start < size or event.find(_ONGOING, stop, at if at > 0 else len(event)) <= 0:
             return self._unusual(event)
         self.events += 1
         self.steady = True
@@ -245,6 +247,8 @@ class GeneratedStream:
             self.head = event[5:place].lstrip()
         for choice in chunk.choices:
             self._choice(choice)
+        if self.chat and event.find(_SGLANG_CHAT_TEXT) > 0:
+            self._mark = _SGLANG_CHAT_TEXT
         self.introduced = True
         return event if self._keep_ids else _without_ids(event)
 

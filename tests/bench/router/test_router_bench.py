@@ -55,6 +55,13 @@ def test_mock_engine_speaks_the_two_legs(port: int) -> None:
     assert _ask(port, kv_transfer_params=params).json()["choices"][0]["finish_reason"] == "length"
 
 
+def test_mock_engine_streams_to_pairs_as_sglang_does(port: int) -> None:
+    first, second, *_ = _events(_ask(port, stream=True, bootstrap_room=1))
+    assert first["choices"][0]["delta"] == {"reasoning_content": None, "role": "assistant", "content": ""}
+    assert second["choices"][0]["delta"] == {"reasoning_content": None, "content": " hello"}
+    assert "matched_stop" in second["choices"][0]
+
+
 def test_load_generator_counts_answers_and_errors(port: int) -> None:
     generator = Generator()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ import pytest
 from hpcserve.errors import JobError, StorageError
 from hpcserve.node.staging import coordinator, relay, schedule
 from hpcserve.node.staging.copy import Copy
+from hpcserve.node.staging.links import Place
 from hpcserve.node.staging.source import Listing, SourceFile, list_model
-from hpcserve.node.staging.trouble import NotStaged
+from hpcserve.node.staging.store import Store
+from hpcserve.node.staging.trouble import LostNeighbour, NotStaged
 from hpcserve.node.staging.worker import Worker
 from tests.node.runs import events
 
@@ -93,6 +96,48 @@ async def test_what_a_killed_job_left_is_gone_on_with(nodes: Nodes, monkeypatch:
     assert staged(run)["read"] <= staged(run)["bytes"] - 5_000_003
     for rank in range(3):
         nodes.same(rank, files_of(nodes.model))
+
+
+async def test_a_copy_that_can_not_be_read_is_no_reason_to_end_the_run(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def fails(descriptor: int, *rest: Any) -> int:
+        if "/disk" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(5, "Input/output error")
+        return read(descriptor, *rest)
+
+    await nodes.stage()
+    nodes.own(1).rename(nodes.root / "replaced")
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(NotStaged, match=r"rank [02] .*can't read from .*/disk[02]/.*Input/output error"):
+        await nodes.stage()
+
+
+async def test_a_disk_that_fails_while_it_is_sent_from_is_no_lost_neighbour(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "sendfile", fails)
+    with pytest.raises(NotStaged, match=r"can't read from .*Input/output error"):
+        await nodes.stage()
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EHOSTUNREACH])
+def test_a_neighbour_that_goes_before_the_last_word_is_lost(nodes: Nodes, number: int) -> None:
+    class Cut(socket.socket):
+        def sendall(self, *_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+    store = Store(str(nodes.disk(0)))
+    with Cut() as link, pytest.raises(LostNeighbour):
+        copy = Copy(store, list_model(str(nodes.model)))
+        held = frozenset(range(len(copy.listing.files)))
+        relay.Relay(copy, held, [], Place(0, 2), [], [link]).run()
+    copy.close()
 
 
 async def test_a_full_disk_on_one_node_is_everybodys(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,10 +238,10 @@ async def test_a_model_that_is_not_whole_ends_the_run(nodes: Nodes) -> None:
 class Dies(OwnDisk):
     """Rank 2 is gone once it is to stage."""
 
-    async def _obey(self, order: Mapping[str, Any], *rest: Any) -> bool:
+    def _obey(self, order: Mapping[str, Any], *rest: Any) -> bool:
         if order["do"] == "go" and self._rank == 2:
             return False
-        return await super()._obey(order, *rest)
+        return super()._obey(order, *rest)
 
 
 async def test_a_lost_node_is_named(nodes: Nodes) -> None:

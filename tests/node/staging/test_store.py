@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,6 +252,27 @@ def test_a_copy_that_is_not_kept_goes_with_its_last_user(store: Store, listing: 
     assert not path.parent.exists()
     with pytest.raises(JobError, match="is gone"):
         Lease(str(path))
+
+
+def test_a_copy_that_another_job_just_staged_waits_for_it(
+    store: Store, listing: Listing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_copy(store, listing)
+    ending = Lease(str(path))
+    assert claim(store, listing) == "complete"  # another job, whose agents are to come
+    ending.end(keep=False)
+    coming = Lease(str(path))
+    coming.end(keep=False)
+    assert not path.exists()  # its own staging is no other job's
+    # Agents that never came are not waited for.
+    path = make_copy(store, listing)
+    ending = Lease(str(path))
+    assert claim(store, listing) == "complete"
+    lock, past = store.locks / listing.fingerprint, time.time() - stores.RECENT - 1
+    monkeypatch.setattr(ending, "_promised", past - 1)
+    os.utime(lock, (past, past))
+    ending.end(keep=False)
+    assert not path.exists()
 
 
 def test_a_lock_file_is_no_way_out(store: Store, tmp_path: Path) -> None:

@@ -95,6 +95,27 @@ def test_events_before_a_fault_are_passed_on_and_the_fault_is_not() -> None:
     assert stream.has_error and out[-1] == refusal
 
 
+def test_sglangs_chat_is_usual_from_its_second_token_on() -> None:
+    """As msgspec writes it there: `reasoning_content` is never left out."""
+    out: list[bytes] = []
+    stream = GeneratedStream(out.append, Asked(wants_ids=False, wants_usage=True), chat=True)
+    given, steady = [], []
+    for delta in (
+        '{"reasoning_content":null,"role":"assistant","content":""}',
+        '{"reasoning_content":null,"content":"a"}',
+        '{"reasoning_content":null,"content":"b"}',
+        '{"reasoning_content":"b","content":"c"}',
+        '{"reasoning_content":null,"content":"d"}',
+    ):
+        end = ',"logprobs":null,"finish_reason":null,"matched_stop":null}]}\n\n'
+        given.append(b"data: {" + HEAD + f'"choices":[{{"index":0,"delta":{delta}{end}'.encode())
+        stream.feed(given[-1])
+        steady.append(stream.steady)
+        assert stream.plain == (len(given) < 4)
+    assert steady == [False, False, True, False, True]
+    assert out == given and (stream.sent(), stream.events) == ("abcd", 4)
+
+
 def test_answer_that_is_more_than_text_is_known() -> None:
     call = b'"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{"}}]}'
     event = chunk("", b"2").replace(b'"delta":{"content":""}', call)

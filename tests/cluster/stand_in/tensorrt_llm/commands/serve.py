@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import threading
 import time
 from typing import Any
 
@@ -35,17 +36,21 @@ def main(*, args: list[str], prog_name: str) -> None:
     assert not leaked, f"the server must not see {leaked}"
     with open(given.config) as file:
         worker = yaml.safe_load(file)
-    assert worker["cache_transceiver_config"]["backend"] == "NIXL"
+    transfer = worker.get("cache_transceiver_config")
+    assert transfer is None or transfer["backend"] == "NIXL"
     workers, ranks = _workers()
     size = given.tp_size * given.pp_size
     assert len(ranks) == size, f"{size} ranks are asked for, and MPI has {len(ranks)}"
     assert [rank["node"] for rank in ranks] == sorted(rank["node"] for rank in ranks)
     os.environ["FAKE_ENGINE_API_KEY"] = os.environ["TRTLLM_API_KEY"]
-    role = "prefill" if worker.get("disable_overlap_scheduler") else "decode"
+    pair = "prefill" if worker.get("disable_overlap_scheduler") else "decode"
+    role = "aggregated" if transfer is None else pair
     flags = ["--model", given.model, "--served-model-name", OpenAIServer().model, "--role", role]
     flags += ["--host", given.host, "--port", str(given.port), "--side-channel-port", str(_port(given.host))]
     with workers:
-        raise SystemExit(serve([*flags, "--dialect", "tensorrt-llm", "--shutdown-timeout", "5"]))
+        serve([*flags, "--dialect", "tensorrt-llm", "--shutdown-timeout", "5"])
+        # The worst that SIGTERM leaves: its workers are gone, and it waits for them to end.
+        threading.Event().wait()
 
 
 def _parse(args: list[str], prog_name: str) -> argparse.Namespace:
