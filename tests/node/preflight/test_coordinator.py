@@ -239,6 +239,7 @@ def test_rank_0_is_done_in_time_whatever_does_not_answer(
     monkeypatch.setattr(module, "PREFLIGHT_TIMEOUT", 0.5)
     outcome = measure(tmp_path, 2, [Made(0, probe(0, "prefill")), NeverReady(1, probe(1, "decode"))])
     assert (outcome.pairs, outcome.unmeasured, outcome.cut_short) == ((), 1, False)
+    assert outcome.broken == {}, "that took as long as it was given"
 
 
 def test_a_node_that_hangs_before_nixl_is_ready_is_named_and_holds_nobody(

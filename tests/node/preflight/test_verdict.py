@@ -167,7 +167,9 @@ def nvlinked(gbs: float | None, place: int = 0) -> Pair:
 def test_what_the_network_carries_says_nothing_of_kv_over_nvlink() -> None:
     found = replace(outcome(nvlinked(None), nvlinked(0.1, 1)), nvlink=True)
     assert judge(found) == Verdict()
-    assert suspects(found.pairs) == ()
+    mixed = (nvlinked(40.0), nvlinked(0.1, 1))
+    assert suspects(tuple(replace(pair, prefill=replace(pair.prefill, nvlink=False)) for pair in mixed))
+    assert suspects(mixed) == ()
     told = event(found)
     assert (told["pairs"], told["failed"], told["over_nvlink"], told["slowest"]) == (0, 0, 2, None)
     lines = table(found).splitlines()
