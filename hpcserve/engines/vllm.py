@@ -128,6 +128,10 @@ class VLLM(NixlEngine):
         size = disk_bytes(context.plan, context.replica)
         return (f"{context.scratch}/{_DISK}", size) if size else None
 
+    def shared_memory(self, context: EngineContext) -> tuple[str, ...]:
+        """Regions of KV tiers, one for each rank (v1/kv_offload/cpu/shared_offload_region.py)."""
+        return tuple(f"vllm_offload_{engine}.mmap" for engine in _kv_engines(context))
+
     def progress(self, line: str) -> str | None:
         return progress.told(line, _PROGRESS)
 
@@ -163,7 +167,7 @@ def _argv(context: EngineContext, *, events: bool) -> Iterator[str]:
     yield from _parallel(context)
     transfer = _transfer(context)
     if transfer is not None:
-        yield from ("--kv-transfer-config", arguments.compact(transfer))
+        yield from ("--kv-transfer-config", arguments.compact({**transfer, **_kv_name(context)}))
     if context.kv_over_nvlink and not {"enable-cumem-allocator", "no-enable-cumem-allocator"} & set(args):
         # Memory of cudaMalloc can't be shared with another node: UCX would take another way.
         yield "--enable-cumem-allocator"
@@ -232,6 +236,26 @@ def _tiers(context: EngineContext) -> dict[str, Any]:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": extra,
     }
+
+
+def _kv_name(context: EngineContext) -> dict[str, str]:
+    """KV tiers name shared memory after the engine, so hpcserve must know the name to remove it.
+
+    For the outer connector: vLLM adds a rank's number there, and names the inner ones after it. NIXL needs
+    another name for each start, which is what vLLM would draw itself.
+    """
+    return {"engine_id": context.start} if cpu_bytes(context.plan, context.replica) else {}
+
+
+def _kv_engines(context: EngineContext) -> list[str]:
+    """Names of the ranks that compute on this node (v1/engine/core.py; where a rank spans nodes, all its
+    processes take its first one's name: distributed/kv_transfer/kv_transfer_state.py)."""
+    replica, named = context.replica, _kv_name(context)
+    if not named or replica.data_parallel == 1:
+        return list(named.values())
+    nodes, ranks = len(replica.nodes), replica.data_parallel
+    first = context.node * ranks // nodes
+    return [f"{context.start}_dp{rank}" for rank in range(first, first + max(1, ranks // nodes))]
 
 
 def _nixl(context: EngineContext) -> dict[str, Any]:
