@@ -68,6 +68,10 @@ class Look:
         self._census = Census(tier.directory)
         self._left: int | None = None
         """Bytes after the last look."""
+        self._ended = 0.0
+        """When that was (monotonic)."""
+        self._choosing = 0.0
+        """Seconds that removing blocks took last; meanwhile engines write on."""
 
     def stop(self) -> None:
         self._census.stop()
@@ -78,13 +82,21 @@ class Look:
         removed = 0
         with suppress(Stopped):
             found = self._census.count()
-            # As much will come until the next look as since the last one.
-            ahead = 0 if self._left is None else max(0, found - self._left)
+            ahead = self._ahead(found)
             if found + ahead > self._size:
+                begun = time.monotonic()
                 keep = min(ROOM * self._size, self._size - 2 * ahead)
                 removed = self._census.remove_oldest(int(max(_LEAST * self._size, keep)))
-            self._left = found - removed
+                self._choosing = time.monotonic() - begun
+            self._left, self._ended = found - removed, time.monotonic()
         return removed
+
+    def _ahead(self, found: int) -> float:
+        """Bytes that come until the next look has removed some, if it goes on as since the last one."""
+        if self._left is None:
+            return 0.0
+        since = max(time.monotonic() - self._ended, 1e-3)
+        return max(0, found - self._left) * (1 + self._choosing / since)
 
 
 def trim(tier: DiskTier) -> int:
