@@ -48,6 +48,8 @@ class EngineContext:
     scratch: str = "$TMPDIR"
     """Node-local private directory of this replica."""
     run_dir: str = "$RUN_DIR"
+    start: str = "$START"
+    """Names this start of the replica: the same for all its processes, and never used again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +229,10 @@ class Engine(ABC):
         """The directory on the node where this process keeps KV blocks, one per file, and the bytes they may
         take; None: it keeps none there."""
         return None
+
+    def shared_memory(self, context: EngineContext) -> tuple[str, ...]:
+        """Names of files in /dev/shm that this process leaves there when it is killed."""
+        return ()
 
     kv_counted_by: ClassVar[Literal["prefill", "decode"]] = "decode"
     """Whose metrics tell how much KV has passed."""

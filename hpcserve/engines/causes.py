@@ -54,6 +54,13 @@ CAUSES: tuple[Cause, ...] = (
     ),
     _cause(
         "out-of-memory",
+        r"Insufficient space in /dev/shm",
+        "the KV tier in memory lies there: set `kv_offload.cpu_gib` to less, or see on that node who fills "
+        "it: `df -h /dev/shm; ls -l /dev/shm`",
+        retry=True,
+    ),
+    _cause(
+        "out-of-memory",
         r"Not enough memory\. Please try to increase --mem-fraction-static"
         r"|Capture cuda graph failed: .*out of memory",
         "raise `tensor_parallel`, lower `max_model_len`, or set `mem-fraction-static` in `engine_args`",

@@ -127,6 +127,10 @@ class VLLM(NixlEngine):
     def disk_tier(self, context: EngineContext) -> tuple[str, int] | None:
         return vllm_tiers.disk_tier(context)
 
+    def shared_memory(self, context: EngineContext) -> tuple[str, ...]:
+        """Regions of KV tiers, one for each rank (v1/kv_offload/cpu/shared_offload_region.py)."""
+        return tuple(f"vllm_offload_{engine}.mmap" for engine in _kv_engines(context))
+
     def progress(self, line: str) -> str | None:
         return progress.told(line, _PROGRESS)
 
@@ -198,17 +202,20 @@ def _transfer(context: EngineContext) -> dict[str, Any] | None:
 
 
 def _engine_id(context: EngineContext) -> str | None:
-    """Each process makes one up, and appends its data-parallel rank. Where a rank has several, they must say
-    the same, or decode refuses the blocks of all but the first (nixl/base_worker.py, _nixl_handshake); those
-    without the rank's scheduler append nothing (v1/engine/core.py, run_engine_core)."""
+    """None where each process may make one up, as it does else, and appends its data-parallel rank.
+
+    Where a rank has several processes, they must say the same, or decode refuses the blocks of all but the
+    first (nixl/base_worker.py, _nixl_handshake); those without the rank's scheduler append nothing
+    (v1/engine/core.py, run_engine_core). KV tiers name shared memory after the engine, so hpcserve must know
+    the name to remove it. With several connectors it is the outer one's that counts.
+    """
     replica = context.replica
     span = len(replica.nodes) // replica.data_parallel
-    if span < 2:
+    if span < 2 and context.plan.model.kv_offload is None:
         return None
-    # A start has ports of its own, and so a name: what others know of the one before is not about it.
-    name = f"{replica.name}-{context.head_address}-{context.ports['master']}"
-    rank, follows = divmod(context.node, span)
-    return f"{name}_dp{rank}" if follows and replica.data_parallel > 1 else name
+    # Each start has another one: what others know of the one before is not about it.
+    rank, follows = divmod(context.node, span) if span else (0, 0)
+    return f"{context.start}_dp{rank}" if follows and replica.data_parallel > 1 else context.start
 
 
 def _connectors(context: EngineContext) -> dict[str, Any] | None:
@@ -226,6 +233,19 @@ def _connectors(context: EngineContext) -> dict[str, Any] | None:
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"connectors": [nixl, tiers]},
     }
+
+
+def _kv_engines(context: EngineContext) -> list[str]:
+    """Names of the ranks that compute on this node (v1/engine/core.py; where a rank spans nodes, all its
+    processes take its first one's name: distributed/kv_transfer/kv_transfer_state.py)."""
+    replica = context.replica
+    if context.plan.model.kv_offload is None:
+        return []
+    if replica.data_parallel == 1:
+        return [context.start]
+    nodes, ranks = len(replica.nodes), replica.data_parallel
+    first = context.node * ranks // nodes
+    return [f"{context.start}_dp{rank}" for rank in range(first, first + max(1, ranks // nodes))]
 
 
 def _nixl(context: EngineContext) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .quoting import literal, quote
 from .script import python_on_nodes
 
 _VARIABLE = re.compile(
-    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|RUN_DIR|SCRATCH|PYTHON"
+    r"\$(?:ADDRESS|HEAD_ADDRESS|MODEL|NODES|RUN_DIR|SCRATCH|START|PYTHON"
     r"|(?:HTTP|SIDE_CHANNEL|MASTER|DP_RPC|BOOTSTRAP|DIST|NCCL)_PORT)\b"
 )
 
@@ -54,6 +54,7 @@ def _context(plan: Plan, replica: ReplicaPlan, place: int, engine: Engine, pytho
         model_path="$MODEL" if plan.model.stage else plan.model.model,
         python=python,
         scratch="$SCRATCH",
+        start="$START",
     )
 
 
@@ -73,6 +74,7 @@ def render_commands(plan: Plan, *, python: str | None = None) -> str:
         "#   …_PORT        ports bound on this node",
         "#   SCRATCH       private directory on this node",
         *(["#   RUN_DIR       the run directory"] if shared_bytes(plan) else []),
+        *(["#   START         names this start of a replica"] if plan.model.kv_offload else []),
         *(
             ["#   MODEL         the staged copy of the model on each node, from staged.json"]
             if plan.model.stage

@@ -171,33 +171,58 @@ def test_kv_tiers_stand_behind_nixl() -> None:
         assert extra["cpu_bytes_to_use"] == share << 30
         assert extra["self_describing_kv_events"] is True
         assert extra["secondary_tiers"][0]["root_dir"] == "/tmp/job/kv-blocks"
-        # Names of engines are vLLM's to give: it gives each child its own.
-        assert "engine_id" not in nixl and "engine_id" not in kept
+        # vLLM adds a rank's number to the outer one's name, and gives it to both inner ones.
+        assert both["engine_id"] == "$START" and "engine_id" not in nixl and "engine_id" not in kept
     made = context(spec, site(), replica="decode-0", nodes=2)
     assert VLLM().disk_tier(made) == ("/tmp/job/kv-blocks", 250 << 30)
 
 
-def test_processes_of_one_rank_have_one_name_and_those_of_another_start_another() -> None:
-    def names(spec: ModelSpec, nodes: int, **more: Any) -> list[str | None]:
+def test_processes_of_one_rank_have_one_name() -> None:
+    def names(spec: ModelSpec, nodes: int) -> list[str | None]:
         replica = context(spec, site(), replica="prefill-0", nodes=nodes + 1).replica
         return [
-            transfer(command(spec, site(), replica="prefill-0", nodes=nodes + 1, node=place, **more)).get(
-                "engine_id"
-            )
+            transfer(
+                command(
+                    spec, site(), replica="prefill-0", nodes=nodes + 1, node=place, start="prefill-0-3-ab"
+                )
+            ).get("engine_id")
             for place in range(len(replica.nodes))
         ]
 
     wide = model(prefill=tp(16), decode=tp(8))
-    (first, second) = names(wide, 2)
-    assert first == second is not None
-    later = {"http": "20001", "side_channel": "20002", "master": "20009"}
-    assert first not in names(wide, 2, ports=later)
-    assert names(replace(wide, kv_offload=KvOffloadSpec(cpu_gib=64)), 2) == [first, first]
+    assert names(wide, 2) == ["prefill-0-3-ab"] * 2
+    assert names(replace(wide, kv_offload=KvOffloadSpec(cpu_gib=64)), 2) == ["prefill-0-3-ab"] * 2
     # vLLM appends the rank where its scheduler is, and nowhere else.
     ranks = names(model(prefill=tp(16, data_parallel=2), decode=tp(8)), 4)
-    assert ranks == [ranks[0], f"{ranks[0]}_dp0", ranks[0], f"{ranks[0]}_dp1"]
+    assert ranks == ["prefill-0-3-ab", "prefill-0-3-ab_dp0", "prefill-0-3-ab", "prefill-0-3-ab_dp1"]
     # Of ranks on one node each, all processes have one parent.
     assert names(model(prefill=tp(8, data_parallel=2), decode=tp(8)), 2) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("size", "nodes", "node", "ranks"),
+    [
+        (tp(8), 1, 0, [""]),
+        (tp(16), 2, 1, [""]),
+        (tp(2, data_parallel=4), 1, 0, ["_dp0", "_dp1", "_dp2", "_dp3"]),
+        (tp(4, data_parallel=4, expert_parallel=True), 2, 1, ["_dp2", "_dp3"]),
+        # A rank of two nodes has its first one's name on both.
+        (tp(16, data_parallel=2), 4, 1, ["_dp0"]),
+        (tp(16, data_parallel=2), 4, 2, ["_dp1"]),
+    ],
+)
+def test_the_memory_that_a_killed_engine_leaves_has_a_name(
+    size: RoleSpec, nodes: int, node: int, ranks: list[str]
+) -> None:
+    spec = model(aggregated=size, kv_offload=KvOffloadSpec(cpu_gib=64, disk_gib=500))
+    made = context(spec, site(), replica="aggregated-0", nodes=nodes, node=node, start="aggregated-0-3-ab")
+    assert transfer(VLLM().command(made))["engine_id"] == "aggregated-0-3-ab"
+    assert VLLM().shared_memory(made) == tuple(f"vllm_offload_aggregated-0-3-ab{rank}.mmap" for rank in ranks)
+
+
+def test_without_kv_tiers_engines_name_themselves() -> None:
+    assert "engine_id" not in transfer(command(PAIR, site(), replica="decode-0", nodes=2))
+    assert VLLM().shared_memory(context(PAIR, site(), replica="decode-0", nodes=2)) == ()
 
 
 def test_kv_tiers_of_an_engine_without_a_partner() -> None:

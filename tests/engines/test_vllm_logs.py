@@ -123,6 +123,12 @@ DEATHS = {
         1, "bad-flag", None, False,
     ),
     "killed": ("(Worker pid=1) INFO 11-21 01:00:00 [x.py:1] fine\n", -9, "out-of-memory", "was killed (SIGKILL)", True),
+    "shm taken": (
+        "(EngineCore pid=7) ERROR 11-21 01:00:00 [core.py:1] RuntimeError: Insufficient space in /dev/shm for CPU KV "
+        "offload shared region in /dev/shm: 819200 MiB required, 204800 MiB free. Increase /dev/shm (e.g. --shm-size "
+        "or --ipc=host).\n",
+        1, "out-of-memory", None, True,
+    ),
     "shm": ("", -7, "out-of-memory", "died of SIGBUS", True),
     "crashed": ("Fatal Python error: Segmentation fault\n", -11, "unknown", "crashed (SIGSEGV)", True),
     "other": (
@@ -146,6 +152,11 @@ def test_diagnose(name: str) -> None:
     assert failure.hint
     if message is not None:
         assert failure.message == message
+
+
+def test_who_fills_the_memory_of_kv_tiers_is_to_be_looked_for() -> None:
+    tail, status, *_ = DEATHS["shm taken"]
+    assert "kv_offload.cpu_gib" in VLLM.diagnose(tail, status).hint
 
 
 def test_a_healthy_log_has_no_known_cause() -> None:

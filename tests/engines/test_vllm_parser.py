@@ -20,7 +20,7 @@ from hpcserve.render.engine import engine_commands
 from tests.plan.cases import model, site, tp
 from tests.render.golden import RECIPES, recipe
 
-from .cases import command
+from .cases import command, context
 
 TIERS = KvOffloadSpec(cpu_gib=100, disk_gib=1000)
 READ = """
@@ -29,6 +29,7 @@ from vllm.config import KVTransferConfig
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.middleware import register
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
 read = []
 for argv in json.load(sys.stdin):
@@ -45,6 +46,10 @@ for argv in json.load(sys.stdin):
         "prefix": args.enable_prefix_caching, "overrides": args.hf_overrides,
         "cumem": args.enable_cumem_allocator,
     })
+    if transfer is not None and transfer.engine_id.startswith("test-"):
+        region = SharedOffloadRegion(transfer.engine_id, 1, None, 4096, 4096)
+        read[-1]["memory"] = region.mmap_path
+        region.cleanup()
 print("READ" + json.dumps(read))
 """
 
@@ -66,6 +71,8 @@ def test_vllm_reads_every_command_line() -> None:
         prefill=RoleSpec(), decode=RoleSpec(), dtype="float32", max_model_len=2048, engine_args=options
     )
     wide = model(prefill=tp(4, data_parallel=4, expert_parallel=True), decode=tp(8))
+    start = f"test-{os.getpid()}"
+    alone_tiered = context(model(kv_offload=TIERS), site(), replica="aggregated-0", start=start)
     made = [
         command(pair, site(gpus=0), replica="prefill-0", nodes=2),
         command(pair, site(gpus=0), replica="decode-0", nodes=2),
@@ -74,7 +81,7 @@ def test_vllm_reads_every_command_line() -> None:
         command(model(quantization="fp8", revision="main"), site(), replica="aggregated-0"),
         command(model(aggregated=tp(16)), site(), replica="aggregated-0", nodes=2, node=1),
         command(replace(pair, kv_offload=TIERS), site(), replica="decode-0", nodes=2),
-        command(model(kv_offload=TIERS), site(), replica="aggregated-0"),
+        VLLM().command(alone_tiered),
         command(
             model(kv_offload=replace(TIERS, shared_gib=500, answers=True)),
             replace(site(), storage=StorageSite(kv="/lustre/kv")),
@@ -116,3 +123,4 @@ def test_vllm_reads_every_command_line() -> None:
     assert [(each["connector"], each["role"]) for each in (tiered, only, shared)] == [
         ("MultiConnector", "kv_consumer"), *[("OffloadingConnector", "kv_both")] * 2,
     ]  # fmt: skip
+    assert [only["memory"]] == [f"/dev/shm/{name}" for name in VLLM().shared_memory(alone_tiered)]

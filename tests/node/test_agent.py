@@ -16,11 +16,12 @@ import pytest
 
 from hpcserve.http.server import serve
 from hpcserve.node.agent import agent as module
-from hpcserve.node.agent.agent import Agent, make_scratch
+from hpcserve.node.agent.agent import Agent
 from hpcserve.node.agent.engine_launch import Leader, make_nicer
 from hpcserve.node.agent.keeper import Keeper
 from hpcserve.node.agent.replica_process import ReplicaProcess
 from hpcserve.node.agent.running_engine import RunningEngine
+from hpcserve.node.agent.scratch import make_scratch
 from hpcserve.node.discovery.facts import Roster
 from hpcserve.node.head.controller import Controller, Desk
 from hpcserve.node.inputs import Inputs, load_inputs

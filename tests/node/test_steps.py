@@ -130,6 +130,7 @@ def launcher(tmp_path: Path, environ: Mapping[str, str], **changes: Any) -> Engi
         "run_dir": tmp_path,
         "log": tmp_path / "log",
         "keeper": cast(Keeper, NoKeeper()),
+        "expect_in_memory": lambda _: (),
         "find_leader": lambda _: None,
         "find_seats": lambda _: {1: "/local/seat"},
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hpcserve.config.model import ModelSpec, RoleSpec
+from hpcserve.config.model import KvOffloadSpec, ModelSpec, RoleSpec
 from hpcserve.errors import ConfigError
 from hpcserve.render.engine import engine_commands, render_commands
 
@@ -42,6 +43,13 @@ def test_every_port_of_sglang_is_a_variable() -> None:
         "SGLANG_API_KEY  the job key",
     ):
         assert words in text
+
+
+def test_the_name_of_a_start_is_a_variable_where_an_engine_needs_it() -> None:
+    model = ModelSpec(model="/m", engine="vllm", prefill=RoleSpec(), decode=RoleSpec())
+    assert "START" not in render_commands(plan(dgx(), model=model, nodes=2))
+    text = render_commands(plan(dgx(), model=replace(model, kv_offload=KvOffloadSpec(cpu_gib=8)), nodes=2))
+    assert "#   START" in text and '\\"engine_id\\":\\"$START\\"' in text
 
 
 def test_a_file_that_an_engine_reads_is_written_by_the_script_as_well(tmp_path: Path) -> None:

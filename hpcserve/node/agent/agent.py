@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ... import engines
 from ...engines.base import Failure
 from ...engines.kv_events.messages import KvMessage
 from ...errors import JobError, StorageError
-from ...rundir.atomic import read_json, storage_error
+from ...rundir.atomic import read_json
 from ..calls import CallFailed, Calls
 from ..console import say, warn
 from ..discovery.addresses import in_url
@@ -36,6 +34,7 @@ from .kv_disk import KvDisk
 from .kv_news import KvNews
 from .orphan import end_orphan
 from .replica_process import Patience, ReplicaProcess
+from .scratch import Scratch
 from .seat import Seat
 from .shared_kv import SharedKv, shared_tier
 
@@ -100,8 +99,7 @@ class Agent:
         self._heard = time.monotonic() + (HEAD_WAIT - HEAD_LOST)
         """When the controller last answered; at first, HEAD_WAIT is granted instead of HEAD_LOST."""
         self._lost: JobError | None = None
-        self._scratch = make_scratch(inputs.plan.site.storage.node_local)
-        keeper.sweep(self._scratch)
+        self._scratch = Scratch(inputs.plan.site.storage.node_local, keeper)
         self._launched: list[tuple[ReplicaProcess, EngineLauncher]] = []
         self._replicas = self._supervise()
         tiers = (launcher.disk_tier() for _, launcher in self._launched)
@@ -123,7 +121,7 @@ class Agent:
         cores = share_cores(plan, self._roster.ranks)
         replicas: list[ReplicaProcess | Seat] = []
         for replica in plan.on_node(self._rank):
-            scratch = self._scratch / replica.name
+            scratch = self._scratch.path / replica.name
             if engine.in_step(replica) and replica.nodes[0] != self._rank:
                 seat = Seat(name=replica.name, role=replica.role, scratch=scratch, changed=self._changed.set)
                 replicas.append(seat)
@@ -142,6 +140,7 @@ class Agent:
                 run_dir=self._inputs.run.path,
                 log=self._inputs.run.logs / f"{replica.name}.{self._facts.node}.log",
                 keeper=self._keeper,
+                expect_in_memory=self._scratch.expect,
                 find_leader=lambda name: self._leaders.get(name),
                 find_seats=lambda name: self._seats.get(name, {}),
             )
@@ -164,6 +163,7 @@ class Agent:
         # SIGUSR1: what the job script sends through srun, which would kill its tasks for SIGTERM.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             loop.add_signal_handler(number, self._on_signal, number)
+        self._scratch.sweep()
         supervisors = [asyncio.create_task(replica.run()) for replica in self._replicas]
         heart = asyncio.create_task(self._beat())
         news = asyncio.create_task(self._kv_news.run())
@@ -382,21 +382,3 @@ async def _all_or_error(supervisors: list[asyncio.Task[None]], heart: asyncio.Ta
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
-
-
-def make_scratch(node_local: str) -> Path:
-    """A private directory on the node; short, because sockets below it have 107 bytes for their path."""
-    parent = os.path.expandvars(node_local)
-    if "$" in parent:
-        raise StorageError(
-            f"storage.node_local of the site is {node_local}, and that variable is not set on this node",
-            hint="use a variable that the job has, or a plain path such as /tmp",
-        )
-    try:
-        return Path(tempfile.mkdtemp(prefix="hs-", dir=parent))
-    except OSError as error:
-        raise storage_error(
-            error,
-            "make a node-local directory",
-            hint="set `storage.node_local` of the site to a directory that every node has and you can write",
-        ) from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class EngineLauncher:
     run_dir: Path
     log: Path
     keeper: Keeper
+    expect_in_memory: Callable[[Sequence[str]], tuple[Path, ...]]
+    """Told what a process is going to make in /dev/shm; the paths of that."""
     find_leader: Callable[[str], Leader | None]
     """The head process of a replica, by the replica's name; None while it does not run."""
     find_seats: Callable[[str], Mapping[int, str]]
@@ -96,6 +99,7 @@ class EngineLauncher:
 
         Blocks while the program is read from disk: call it in a thread.
         """
+        memory = self.expect_in_memory(self.engine.shared_memory(self._context({}, generation)))
         held: dict[str, HeldPorts] = {}
         try:
             for name, count in self.engine.ports(self.replica).items():
@@ -104,7 +108,7 @@ class EngineLauncher:
             ports = {name: block.first for name, block in held.items()}
             if self.node > 0:
                 ports = {**(leader.ports if leader else {}), **ports}
-            command = self.engine.command(self._context(ports))
+            command = self.engine.command(self._context(ports, generation))
         finally:
             # Only now: until the command is complete, nobody else may get one of these ports.
             for block in held.values():
@@ -133,7 +137,7 @@ class EngineLauncher:
             )
             environment = contained_environment(self.plan, environment, command.env, outside=self.environ)
         process, pump = self._spawn(argv, environment, on_line)
-        return RunningEngine(process, url=url, ports=ports, pump=pump)
+        return RunningEngine(process, url=url, ports=ports, pump=pump, memory=memory)
 
     def _launch_step(
         self,
@@ -226,8 +230,18 @@ class EngineLauncher:
         seed = f"{self.log} {self.roster.attempt} {self.rank} {self.replica.name} {name} {generation}"
         return PortRange(low=ports.low, high=ports.high, seed=seed, ephemeral=ephemeral_range())
 
+    def _start(self, generation: int) -> str:
+        """One name for all processes of the replica, and for no other run's or attempt's."""
+        run = hashlib.sha256(f"{self.run_dir}\n{self.roster.attempt}".encode()).hexdigest()[:16]
+        return f"{self.replica.name}-{generation}-{run}"
+
     def _context(
-        self, ports: Mapping[str, int], *, place: int | None = None, scratch: str | None = None
+        self,
+        ports: Mapping[str, int],
+        generation: int = 0,
+        *,
+        place: int | None = None,
+        scratch: str | None = None,
     ) -> EngineContext:
         """Of this node, or of another `place` of the replica that this node starts."""
         place = self.node if place is None else place
@@ -247,6 +261,7 @@ class EngineLauncher:
             python=self.plan.site.container.python if engines_apart(self.plan) else sys.executable,
             scratch=scratch or str(self.scratch),
             run_dir=str(self.run_dir),
+            start=self._start(generation),
             gpu_names=tuple(gpu.visible for gpu in facts.gpus),
         )
 

@@ -13,10 +13,15 @@ import json
 import os
 import shutil
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from ..process import signal_group
+from .remains import hold, settle
+
+_GROUP_END = 5.0
+"""Seconds the kernel may take to clear the killed groups."""
 
 
 class Keeper:
@@ -55,6 +60,10 @@ class Keeper:
         """`directory` is to be removed when this process is gone."""
         self._tell(f"/{json.dumps(str(directory))}\n")
 
+    def settle(self, lock: Path) -> None:
+        """What `lock` names then is to be removed when this process is gone (`remains.py`)."""
+        self._tell(f"={json.dumps(str(lock))}\n")
+
     def close(self) -> None:
         """End the keeper, which kills and removes what is still registered."""
         os.close(self._pipe)
@@ -72,6 +81,7 @@ def _keep(pipe: int) -> None:
     """Never returns."""
     groups: set[int] = set()
     directories: list[str] = []
+    locks: list[Path] = []
     try:
         # Out of the agent's session: what is sent to the agent's group must not end the keeper first.
         os.setsid()
@@ -83,11 +93,28 @@ def _keep(pipe: int) -> None:
                     groups.add(int(line[1:]))
                 elif line[0] == "-":
                     groups.discard(int(line[1:]))
-                else:
+                elif line[0] == "/":
                     directories.append(json.loads(line[1:]))
+                else:
+                    locks.append(Path(json.loads(line[1:])))
+                    # Without it, another agent may remove the same, once this one's is gone.
+                    with suppress(OSError):
+                        hold(locks[-1])
     finally:
-        for group in groups:
-            signal_group(group, signal.SIGKILL)
-        for directory in directories:
-            shutil.rmtree(directory, ignore_errors=True)
-        os._exit(0)
+        try:
+            _end(groups)
+            # The last one first, which is the memory's: a disk takes its time.
+            for lock in reversed(locks):
+                with suppress(OSError):
+                    settle(lock)
+            for directory in directories:
+                shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            os._exit(0)
+
+
+def _end(groups: set[int]) -> None:
+    """Kill them: a process that still lives could make a file again."""
+    last = time.monotonic() + _GROUP_END
+    while any([signal_group(group, signal.SIGKILL) for group in groups]) and time.monotonic() < last:
+        time.sleep(0.02)

@@ -6,10 +6,12 @@ import asyncio
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ..process import signal_group
 from ..strays import Strays
 from .log_pump import LogPump
+from .remains import remove_files
 
 _GROUP_END = 5.0
 """Seconds the kernel may take to clear a killed process group."""
@@ -19,13 +21,21 @@ class RunningEngine:
     """A started engine process, its process group and its log."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], *, url: str | None, ports: Mapping[str, int], pump: LogPump
+        self,
+        process: subprocess.Popen[bytes],
+        *,
+        url: str | None,
+        ports: Mapping[str, int],
+        pump: LogPump,
+        memory: tuple[Path, ...] = (),
     ) -> None:
         self.process = process
         self.url = url
         """None for a process without an API, as on most replicas' second and later nodes."""
         self.ports = ports
         self.pump = pump
+        self._memory = memory
+        """Files in /dev/shm that it leaves when it is killed; the next start needs their memory."""
 
     @property
     def pid(self) -> int:
@@ -49,6 +59,8 @@ class RunningEngine:
         if strays is not None:
             strays.kill()
         await self._wait(lambda: last)
+        # The kernel clears hundreds of gigabytes here.
+        await asyncio.to_thread(remove_files, self._memory)
         await asyncio.to_thread(self.pump.finish, 2.0)
         return self.process.returncode if self.process.returncode is not None else -signal.SIGKILL
 

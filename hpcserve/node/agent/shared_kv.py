@@ -19,7 +19,8 @@ from ...errors import StorageError
 from ...plan.offload import kv_writers, shared_bytes
 from ...plan.plan import Plan
 from ..console import say, warn
-from .kv_disk import ROOM, DiskTier, may_be_gone, trim
+from .block_census import may_be_gone
+from .kv_disk import ROOM, DiskTier, trim
 
 EVERY = 30.0
 """Seconds between two looks."""
