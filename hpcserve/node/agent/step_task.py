@@ -73,9 +73,8 @@ def _command(path: str) -> int:
     with open(path) as file:
         command: dict[str, Any] = json.load(file)
     status = subprocess.run(command["argv"], env={**os.environ, **command["env"]}).returncode
-    if status:
-        # Where Slurm is ending the whole step, and the server for that, this process does not come further.
-        time.sleep(_LOOK)
+    # SIGTERM comes from Slurm, which ends the ranks as well.
+    if status not in (0, -signal.SIGTERM):
         _say(f"error: the replica's server ended with status {status}")
         # The launcher's group, which is this process's.
         os.killpg(0, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 
 from mpi4py import MPI
 
@@ -28,7 +29,7 @@ def main() -> None:
 
 
 def _serve(told: bytes) -> None:
-    """Until the server is gone."""
+    """Until it is killed."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.environ[PLACE] + ".new")
         listener.listen()
@@ -36,8 +37,8 @@ def _serve(told: bytes) -> None:
         server, _ = listener.accept()
         with server:
             server.sendall(told + b"\n")
-            server.recv(1)
-    os.unlink(os.environ[PLACE])
+            # As over ZeroMQ, it is not noticed when the server is gone.
+            threading.Event().wait()
 
 
 if __name__ == "__main__":
