@@ -81,7 +81,7 @@ def test_two_that_renew_at_once_make_one_round(tmp_path):
     assert sorted(set(found)) == sorted(np.flatnonzero(~done).tolist())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 600))
 def test_with_members_that_die_at_any_moment_all_is_done_in_the_end(tmp_path_factory, seed, count, size):
     directory = tmp_path_factory.mktemp("claims")

@@ -109,7 +109,7 @@ def test_a_long_journal_is_read_in_pieces_and_says_the_same(tmp_path, monkeypatc
     assert [len(records) for records in JournalReader(tmp_path, 1).more()] == [7] * 8 + [4]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_cut_at_any_byte_leaves_whole_results_and_no_other(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("journals")
@@ -128,7 +128,7 @@ def test_a_cut_at_any_byte_leaves_whole_results_and_no_other(tmp_path_factory, d
     assert standing_texts(directory, 6) == {n: f"answer {n}" for n in range(whole)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 5), st.integers(0, 255), st.integers(1, 255))
 def test_a_flipped_byte_in_the_index_costs_nothing_that_is_in_the_data(tmp_path_factory, record, at, flip):
     directory = tmp_path_factory.mktemp("journals")
@@ -158,7 +158,7 @@ def test_the_first_answer_stands_and_an_error_gives_way_to_one(tmp_path):
     assert Standing(tmp_path, 3).results == 8
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(list(Kind))), max_size=12), max_size=5))
 def test_the_standing_result_is_the_formula_whatever_the_journals_hold(tmp_path_factory, journals):
     directory = tmp_path_factory.mktemp("journals")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.batch.order import LEVELS, PREFIX_BYTES, Counts, prefix_marks, work_order
@@ -141,7 +141,6 @@ def tree_marks(rows: Sequence[tuple[int, int, int, int, int]]) -> Counts:
     return marks
 
 
-@settings(deadline=None)
 @given(rows=rows_strategy, limit=st.integers(1, 70), prefix=st.booleans(), in_flight=st.integers(1, 100))
 def test_every_row_is_in_the_order_once(
     rows: list[tuple[int, int, int, int, int]], limit: int, prefix: bool, in_flight: int

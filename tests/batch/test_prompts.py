@@ -236,7 +236,7 @@ def test_who_asks_for_seeds_or_draws_several_samples_has_them(
     assert [json.loads(request.body).get("seed") for request in made] == seeds
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), n=st.integers(1, 4))
 def test_bodies_are_json_and_hold_what_the_row_holds(text: str, n: int) -> None:
     for request in requests(row(p=text), prompt_column="p", n=n):

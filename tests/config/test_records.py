@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcserve.config.model import ModelSpec
@@ -63,7 +63,7 @@ def test_any_site_survives_json(site: Site) -> None:
 
 
 @given(plan=values(Plan))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 def test_any_plan_survives_json(plan: Plan) -> None:
     again = from_json(Plan, json.loads(json.dumps(to_json(plan))))
     assert again == plan

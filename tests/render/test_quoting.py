@@ -24,7 +24,7 @@ def through_bash(words: str, **env: str) -> list[str]:
     return done.stdout.decode().split("\0")[:-1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(TEXT, min_size=1, max_size=8))
 def test_words_survive(values: list[str]) -> None:
     assert through_bash(" ".join(map(quote, values))) == values

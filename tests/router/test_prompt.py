@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.router.demand import Demand
@@ -46,7 +46,6 @@ def test_the_next_turn_shares_the_whole_chain_of_the_last() -> None:
     assert len(second.chain) > len(first.chain)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 3000))
 def test_the_next_turn_shares_the_chain_wherever_the_last_chunk_ends(length: int) -> None:
     first, second = demand(chat("x" * length)), demand(chat("x" * length, "y", "z" * 3000))
@@ -154,7 +153,6 @@ def test_images_count_as_images_and_not_as_text() -> None:
     assert len(found.chain) > 100
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 60), st.integers(990, 3100)), max_size=20))
 def test_images_are_found_wherever_they_begin(lengths: list[int]) -> None:
     data = b" ".join(b"x" * length for length in lengths) + b" "

@@ -41,7 +41,7 @@ def test_fields_may_be_longer_than_what_pythons_csv_allows(write: Write) -> None
     assert [len(row["a"]) for row in columns(open_inputs(["data.csv"]))] == [1_000_000]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     rows=st.lists(
         st.tuples(*2 * (st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r")),)),

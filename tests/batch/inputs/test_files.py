@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.batch.inputs import custom_ids
@@ -262,7 +262,6 @@ def test_ids_are_compared_and_not_only_their_hashes(write: Write, monkeypatch: p
     assert refusal("data.jsonl")[0] == "data.jsonl:6: custom_id 'dd' is that of data.jsonl:4"
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.sampled_from("abcdefgh"), max_size=8), bits=st.integers(0, 3))
 def test_the_first_duplicate_is_found_however_often_hashes_meet(ids: list[str], bits: int) -> None:
     expected = next(

@@ -64,7 +64,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=st.lists(st.dictionaries(st.text(), JSON), min_size=1, max_size=5), packed=st.booleans())
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows: Any, packed: bool) -> None:
     path = tmp_path_factory.mktemp("rows") / ("data.jsonl.zst" if packed else "data.jsonl")

@@ -104,7 +104,7 @@ def test_the_message_of_an_error_is_found_in_all_its_forms(body: bytes, message:
     assert failure(answered(0, body, status=502)) == ("http_502", message)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     bodies=st.lists(
         st.binary(max_size=40) | st.text(max_size=20).map(lambda text: json.dumps(text).encode())

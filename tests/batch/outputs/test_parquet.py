@@ -188,7 +188,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values=st.lists(values_strategy, min_size=1, max_size=8), group=st.integers(1, 4))
 def test_whatever_values_come_every_one_is_in_the_file(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], group: int

@@ -8,7 +8,7 @@ from array import array
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.batch.outputs.shown import shown
@@ -89,7 +89,6 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(body=json_values)
 def test_no_body_is_a_crash_or_shows_nothing(body: Any) -> None:
     cells = shown(answered(0, body if body is not None else b"null"))

@@ -39,7 +39,7 @@ def tokens_of(seed: int, length: int) -> list[int]:
     return [(seed * 7919 + i * 31) % 150_000 for i in range(length)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(size=BLOCK_SIZES, length=st.integers(0, 1500), splits=st.lists(st.integers(0, 200)))
 def test_any_cut_into_blocks_and_events_gives_the_same_units(
     size: int, length: int, splits: list[int]
@@ -51,7 +51,7 @@ def test_any_cut_into_blocks_and_events_gives_the_same_units(
     assert list(Follower().follow(digest)) == prompt_units(tokens[:whole_blocks])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), size=st.sampled_from([16, 48, 100, 128, 192]))
 def test_published_units_are_what_a_prompt_can_reuse_whatever_comes_and_goes(
     data: st.DataObject, size: int

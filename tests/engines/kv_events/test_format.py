@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.engines.kv_events.format import (
@@ -107,7 +107,6 @@ def test_what_is_no_batch_is_refused(payload: bytes) -> None:
         decode(payload)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_crash_it(payload: bytes) -> None:
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as some
 
 from hpcserve.node.staging.schedule import schedule
@@ -14,7 +14,6 @@ SIZES = some.lists(some.integers(0, 50), min_size=1, max_size=6)
 
 
 @given(SIZES, some.data())
-@settings(deadline=None)
 def test_all_bytes_come_to_all_that_lack_them_once(sizes: list[int], data: some.DataObject) -> None:
     files = [SourceFile(name=str(index), size=size, mtime_ns=0) for index, size in enumerate(sizes)]
     indices = some.frozensets(some.integers(0, len(files) - 1))

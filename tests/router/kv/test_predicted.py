@@ -66,7 +66,7 @@ steps = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(steps, max_size=60), st.integers(1, 80))
 def test_chunks_go_in_the_order_of_their_last_use(told: list[tuple[str, int, object]], most: int) -> None:
     predicted, model = Predicted(most=most), OneByOne(most)
@@ -91,7 +91,6 @@ def test_chunks_go_in_the_order_of_their_last_use(told: list[tuple[str, int, obj
             assert cache.first == {run[0]: name for name, run in runs.items()}
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(workers, st.lists(st.integers(0, 9), min_size=1, max_size=6)), max_size=60))
 def test_hashes_that_are_the_same_by_chance_break_nothing(told: list[tuple[int, list[int]]]) -> None:
     predicted = Predicted(most=30)

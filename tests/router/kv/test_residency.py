@@ -8,7 +8,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.engines.kv_events.format import CPU, GPU, STORAGE
@@ -272,7 +272,6 @@ def test_512_workers_that_share_a_system_prompt() -> None:
     assert all(found[f"decode-{number}"] == 2 + number % 3 for number in range(512))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(1, 30))
 def test_levels_tell_how_far_each_bit_reaches(reaches: list[int], length: int) -> None:
     def holding(at: int) -> int:
@@ -359,7 +358,6 @@ def test_only_what_prompts_have_in_common_is_learned() -> None:
     assert residency.stats()["translations"] == 12
 
 
-@settings(deadline=None)
 @given(st.integers(1, 19), st.integers(0, 4000), st.sampled_from([",", ", "]))
 def test_a_prompt_learned_in_two_turns_is_where_it_is_learned_at_once(
     turn: int, more: int, comma: str

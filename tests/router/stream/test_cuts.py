@@ -160,14 +160,13 @@ asking = st.builds(Asked, wants_ids=st.booleans(), wants_usage=st.booleans())
 places = st.lists(st.integers(0, 1 << 20), max_size=30)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(streams(), places, asking)
 def test_cuts_change_nothing(stream: tuple[bool, list[bytes]], places: list[int], asked: Asked) -> None:
     chat, events = stream
     assert fed(chat, cut(b"".join(events), places), asked) == fed(chat, events, asked)
 
 
-@settings(deadline=None)
 @given(streams(), places, st.integers(0, 1 << 20))
 def test_a_half_event_never_counts(stream: tuple[bool, list[bytes]], places: list[int], end: int) -> None:
     chat, events = stream
@@ -183,7 +182,6 @@ def test_a_half_event_never_counts(stream: tuple[bool, list[bytes]], places: lis
     assert fed(chat, cut(whole, places), asked, end=False) == fed(chat, complete, asked)
 
 
-@settings(deadline=None)
 @given(streams(), places)
 def test_events_passed_on_unread_are_whole_and_the_same(
     stream: tuple[bool, list[bytes]], places: list[int]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import httptools
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcserve.router.stream import pumping
@@ -108,7 +108,6 @@ TEXT = st.text(max_size=12) | st.sampled_from(ODD)
 IDS = st.none() | st.lists(st.integers(0, 200_000), max_size=4)
 
 
-@settings(deadline=None)
 @given(
     events=st.lists(st.tuples(TEXT, IDS, st.sampled_from(["null", "null", "null", '"stop"'])), max_size=12),
     wants_ids=st.booleans(),
