@@ -29,8 +29,8 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-BLOCK, PROMPT, ANSWER, MORE, TOKENS = 32, 500, 270, 50, 16
-"""Tokens: whole files end at 256, 512 and 768, the last two of which are in the answer."""
+BLOCK, PROMPT, ANSWER, MORE, TOKENS = 32, 500, 270, 50, 8
+"""Tokens: whole files end at 256, 512 and 768, the last two in the long answer, and behind the short ones."""
 
 
 class Field:
