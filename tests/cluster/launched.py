@@ -138,10 +138,10 @@ class Launched:
     def wait_gone(self) -> None:
         wait_for(self.gone, what=f"job {self.job_id} to end", state=self.logs)
 
-    def node_of(self, replica: str) -> str:
-        """Name of the node that carries a replica."""
+    def node_of(self, replica: str, place: int = 0) -> str:
+        """Name of a node that carries a replica; its first one has the replica's head."""
         plan = json.loads((self.run_dir / "plan.json").read_text())
-        rank = next(item["nodes"][0] for item in plan["replicas"] if item["name"] == replica)
+        rank = next(item["nodes"][place] for item in plan["replicas"] if item["name"] == replica)
         roster = json.loads((self.run_dir / "roster.json").read_text())
         node: str = next(item["node"] for item in roster["ranks"] if item["rank"] == rank)
         return node
