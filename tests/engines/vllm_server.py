@@ -108,13 +108,13 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(30)
+            self.process.wait(DEADLINE)
         self.kill()
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(DEADLINE)
 
 
 def greedy_request(prompt: str | Sequence[int], tokens: int, **more: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Job:
             if process is not None and process.poll() is None:
                 process.kill()
             if process is not None:
-                process.wait(10)
+                process.wait(DEADLINE)
 
     def wait(self, name: str, seconds: float = DEADLINE, **fields: Any) -> dict[str, Any]:
         """The first event of that name with those fields; fails early when the run failed."""

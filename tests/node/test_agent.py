@@ -94,7 +94,7 @@ async def test_a_program_on_a_slow_file_system_does_not_stop_the_agent(tmp_path:
         def launch(
             self, generation: int, leader: Leader | None, on_line: Callable[[str], None]
         ) -> RunningEngine:
-            waited.append(loop_went_on.wait(10))
+            waited.append(loop_went_on.wait(DEADLINE))
             launched.set()
             return super().launch(generation, leader, on_line)
 
@@ -137,7 +137,7 @@ def test_the_scratch_directory_goes_with_an_agent_that_is_killed(tmp_path: Path)
     assert agent.stdout is not None
     assert agent.stdout.readline() == "up\n"
     agent.kill()
-    agent.wait(10)
+    agent.wait(DEADLINE)
     agent.stdout.close()
     deadline = time.monotonic() + DEADLINE
     while scratch.exists():
@@ -157,4 +157,4 @@ def test_an_engine_on_the_cpu_leaves_time_to_the_agent() -> None:
             assert group.read_text().split()[-1] == "5"
     finally:
         child.kill()
-        child.wait(10)
+        child.wait(DEADLINE)

@@ -17,6 +17,7 @@ from hpcserve.node.agent import scratch as module
 from hpcserve.node.agent.keeper import Keeper
 from hpcserve.node.agent.remains import Remains
 from hpcserve.node.agent.scratch import Scratch
+from tests.patience import DEADLINE
 
 from .runs import wait_for
 
@@ -69,7 +70,7 @@ def agent(disk: Path, memory: Path, *, kept: bool, name: str = "vllm_offload_1.m
         yield Path(process.stdout.readline().strip())
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(DEADLINE)
         process.stdout.close()
 
 
@@ -145,7 +146,8 @@ def test_without_a_safe_place_it_says_so_and_goes_on(
 ) -> None:
     tmp_path.chmod(0o700)
     store = tmp_path / f"hpcserve-{os.getuid()}"
-    store.mkdir(mode=0o755)
+    store.mkdir()
+    store.chmod(0o755)  # whatever the umask is
     keeper = Keeper()
     made = Scratch(str(tmp_path), keeper)
     assert made.path.is_dir()

@@ -209,7 +209,7 @@ def test_the_keeper_kills_what_a_killed_agent_leaves(tmp_path: Path) -> None:
     kept, freed = map(int, agent.stdout.readline().split())
     try:
         agent.kill()
-        agent.wait(10)
+        agent.wait(DEADLINE)
         agent.stdout.close()
         deadline = time.monotonic() + DEADLINE
         while alive(kept):

@@ -130,7 +130,7 @@ class Pair:
         for number in range(len(self.processes)):
             self.kill(number)
         for process in self.processes:
-            process.wait(20)
+            process.wait(DEADLINE)
         await self.pool.close()
         await self.router.stop()
 

@@ -57,7 +57,7 @@ class Step:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-            process.wait(10)
+            process.wait(DEADLINE)
 
     def finish(self) -> list[int]:
         """Exit statuses, by rank."""

@@ -132,7 +132,7 @@ async def test_streams_leave_a_worker_that_is_taken_away_and_one_that_shuts_down
         running.kill(engines[-1], signal.SIGTERM)
 
     await check(running, CHAT, bodies, await running.during(CHAT, bodies, drain))
-    running.engines[engines[-1]].process.wait(10)
+    running.engines[engines[-1]].process.wait(DEADLINE)
     running.launch(engines[-1])
     await asyncio.to_thread(lambda: running.engines[engines[-1]].url)
     running.generation[engines[-1]] = 1
