@@ -66,7 +66,7 @@ test: system ## Lint, types, unit tests, and (as root on Debian) the tests on a 
 test-clients: venv clients ## aiperf, guidellm, lm-eval and the official clients through a launched run of real vLLM
 	$(BIN)/pytest -m "clients or engine" tests/router/test_vllm_clients.py
 
-test-sglang: sglang ## Real SGLang on the CPU: one prefill and two decode replicas, KV over NIXL; ten minutes on two cores
+test-sglang: sglang ## Real SGLang on the CPU: one prefill and two decode replicas, KV over NIXL; two minutes on two cores, once installed
 	$(BIN)/pip install --quiet --no-deps --target $(SGLANG) --upgrade --group sglang-server
 	: >$(SGLANG)/torchvision/_meta_registrations.py
 	$(BIN)/pytest -m sglang tests/router/test_sglang_launched.py
