@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,3 +103,30 @@ def test_the_first_agent_looks_for_all_writers(tmp_path: Path) -> None:
     assert tier.writers == sum(each.data_parallel for each in planned.replicas) > 8
     assert shared_tier(planned, 1, tmp_path) is None
     assert shared_tier(plan(), 0, tmp_path) is None
+
+
+def test_a_file_system_that_hangs_does_not_hold_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, back, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def hangs(_: object) -> int:
+        begun.set()
+        back.wait(DEADLINE)
+        ended.set()
+        return 0
+
+    monkeypatch.setattr("hpcserve.node.agent.shared_kv.trim", hangs)
+    tier = SharedTier(directory=str(tmp_path), size=GIB, writers=1, run_dir=tmp_path)
+
+    async def agent() -> None:
+        task = asyncio.create_task(SharedKv(tier).run())
+        await until(begun.is_set)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    try:
+        asyncio.run(agent())
+        assert not ended.is_set()
+    finally:
+        back.set()

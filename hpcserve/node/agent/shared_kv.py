@@ -19,6 +19,7 @@ from ...errors import StorageError
 from ...plan.offload import kv_writers, shared_bytes
 from ...plan.plan import Plan
 from ..console import say, warn
+from ..staging.thread import in_thread
 from .block_census import may_be_gone
 from .kv_disk import ROOM, DiskTier, trim
 
@@ -62,8 +63,8 @@ class SharedKv:
     async def run(self) -> None:
         while self._tier is not None:
             begun = time.monotonic()
-            # In a thread: the file system may hang.
-            await asyncio.to_thread(self._look, self._tier)
+            # The file system may hang: neither heartbeats nor the agent's end wait for it.
+            await in_thread(self._look, self._tier)
             await asyncio.sleep(max(self._every, _REST * (time.monotonic() - begun)))
 
     def _look(self, tier: SharedTier) -> None:
