@@ -42,10 +42,19 @@ class FileTiersSpec(TieringOffloadingSpec):
         return worker
 
     def get_manager(self) -> OffloadingManager:
-        """Of the scheduler, which is made when all workers have mapped the memory (v1/engine/core.py)."""
+        """Of the scheduler, which is made when all workers have mapped the memory (v1/engine/core.py).
+
+        Raises RuntimeError where it has got other memory than they.
+        """
         manager = super().get_manager()
         region = self._scheduler_mmap
         if region is not None:
+            if region._creator:
+                # Files would get what is in this memory, and the GPU what is in the workers'.
+                manager.shutdown()
+                raise RuntimeError(
+                    f"{region.mmap_path} is not there any more: another engine has the same engine_id"
+                )
             # An engine that is killed would leave its file, and so all of this memory, to the node for ever.
             region._creator = False
             with suppress(FileNotFoundError):

@@ -42,7 +42,8 @@ MODULE = "hpcserve.engines.vllm_file_tiers"
 class Replica:
     """Scheduler's and worker's side of one engine with two layers."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, *, taken: bool = False) -> None:
+        """`taken`: another engine of this name has taken the memory's."""
         files = [
             {"type": "DiskFiles", "module_path": MODULE, "root_dir": str(root / name)},
             {
@@ -74,9 +75,12 @@ class Replica:
                 group_data_refs=[[SimpleNamespace(tensor_idx=number) for number in range(2)]],
             )
         )
+        memory = Path(f"/dev/shm/vllm_offload_{config.engine_id}.mmap")
+        assert memory.exists()
+        if taken:
+            memory.unlink()
         self.manager = spec.get_manager()
-        assert spec._scheduler_mmap is not None
-        self.named = os.path.exists(spec._scheduler_mmap.mmap_path)
+        self.named = memory.exists()
 
     def request(self, name: str, **params: Any) -> ReqContext:
         made = ReqContext(req_id=name, kv_transfer_params=params or None)
@@ -151,7 +155,14 @@ def main(root: Path) -> dict[str, Any]:
     (damaged,) = (path for path in (root / "kv").rglob("*.bin") if path.name.startswith("00"))
     with damaged.open("r+b") as file:
         file.write(b"not what was written")
+    try:
+        Replica(root, "three", taken=True)
+        refused = ""
+    except RuntimeError as error:
+        refused = str(error)
     return {
+        "refused": refused.split(": ")[-1],
+        "left": [path.name for path in Path("/dev/shm").glob(f"vllm_offload_*-{os.getpid()}.mmap")],
         "named": [one.named, two.named],
         "files": files,
         "found": [each.name for each in found],

@@ -26,6 +26,8 @@ def test_one_replica_writes_and_another_reads(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert json.loads(line.removeprefix("FOUND")) == {
+        "refused": "another engine has the same engine_id",
+        "left": [],
         # The memory's name in /dev/shm is gone while it is in use: a killed engine leaves nothing.
         "named": [False, False],
         "files": {"kv": 3, "one": 3},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -46,7 +47,7 @@ class Server:
         """`more` is the context's."""
         made = context(
             spec, at, replica=replica, address="127.0.0.1", head_address="127.0.0.1", python=sys.executable,
-            scratch=scratch, cpus=cpus, **more,
+            scratch=scratch, cpus=cpus, start=f"{replica}-{uuid.uuid4().hex}", **more,
         )  # fmt: skip
         ports = {name: str(free_port()) for name in made.ports}
         command = engines.of(spec).command(replace(made, ports=ports))
