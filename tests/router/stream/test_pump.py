@@ -219,4 +219,4 @@ def test_without_a_compiled_pump_the_router_says_so(
     monkeypatch.setitem(sys.modules, "hpcserve.router.stream.pump", None)
     with caplog.at_level(logging.WARNING):
         assert pumping.compiled() is None
-    assert "the pump was not compiled" in caplog.text
+    assert "hpcserve.router.stream.pump was not compiled" in caplog.text
