@@ -12,6 +12,7 @@ from libc.math cimport INFINITY
 import msgspec
 
 from .admission.admission import Ticket
+from .board import Load
 from .call import Call
 from .disaggregated import PREFILL_ANSWER_MAX
 from .flight import Flight
@@ -23,7 +24,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport Known, message, told
+from .known cimport Known, add, message, told
 
 cdef extern from *:
     """
@@ -51,6 +52,16 @@ cdef tuple _counts(usage):
     if (<dict>usage).get("prompt_tokens_details") or "input_tokens_details" in <dict>usage:
         return None
     return None if "cache_read_input_tokens" in <dict>usage else (prompt, completion)
+
+
+cdef _load(load, double in_flight, double prefill_tokens, double kv_tokens):
+    """As Load.add(), without a call where one process has all of it."""
+    if type(load) is not Load:
+        load.add(in_flight, prefill_tokens, kv_tokens)
+        return
+    load.in_flight = <double>load.in_flight + in_flight
+    load.prefill_tokens = <double>load.prefill_tokens + prefill_tokens
+    load.kv_tokens = <double>load.kv_tokens + kv_tokens
 
 
 cdef _observe(histogram, double value):
@@ -95,7 +106,7 @@ cdef class Express:
         router.placer.placed(decision, demand, now)
         cdef double uncached = decision.uncached_tokens
         if uncached != self.tokens:
-            router.admission.prefill.add(uncached - self.tokens)
+            add(router.admission.prefill, uncached - self.tokens)
             self.tokens = uncached
         if decision.prefill is None:
             if self.prefill:
@@ -128,8 +139,9 @@ cdef class Express:
         self.seat_kv = self.demand.prompt_tokens + (0 if first_leg else self.demand.output_tokens)
         self.seated = True
         worker.leases.add(self)
-        worker.load.add(1.0, self.seat_prefill, self.seat_kv)
-        worker.breaker.asked(now)
+        _load(worker.load, 1.0, self.seat_prefill, self.seat_kv)
+        if worker.breaker.avoid_until:
+            worker.breaker.asked(now)
         if self.computes:
             worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
@@ -198,11 +210,12 @@ cdef class Express:
 
     cdef _first_byte(self, worker, decision):
         """The prompt is computed, or its KV is there."""
-        worker.breaker.succeeded()
+        if worker.breaker.avoid_until:
+            worker.breaker.succeeded()
         if decision.prefill is not None and worker is not decision.prefill:
             decision.prefill.breaker.handed_over()
         if self.seat_prefill:
-            worker.load.add(0.0, -self.seat_prefill, 0.0)
+            _load(worker.load, 0.0, -self.seat_prefill, 0.0)
             self.seat_prefill = 0.0
         if self.computes:
             self.computes = False
@@ -319,7 +332,7 @@ cdef class Express:
         else:
             prompt, cached, completion = counted[0], 0, counted[1]
             account.brief(identity.name, demand, prompt, completion, self.decision.cached_tokens)
-        admission.kv.add(-self.cost)
+        add(admission.kv, -self.cost)
         cdef double tokens = prompt + completion
         admission.queue.charge(identity.key, identity.weight, tokens - self.cost)
         if self.key is not None:
@@ -371,7 +384,7 @@ cdef class Express:
         self.deadline = INFINITY
         self.seated = False
         worker.leases.discard(self)
-        worker.load.add(-1.0, -self.seat_prefill, -self.seat_kv)
+        _load(worker.load, -1.0, -self.seat_prefill, -self.seat_kv)
 
     cdef _close(self):
         """It is over: give back what it held."""
@@ -379,7 +392,8 @@ cdef class Express:
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
         router.admission.bodies.give_back(PyBytes_GET_SIZE(self.body))
-        router.runner.forget(self.kept)
+        if self.kept:
+            router.runner.forget(self.kept)
         _observe(router.metrics.decision, self.decision.seconds)
         router.ring.put(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,

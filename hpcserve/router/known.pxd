@@ -15,5 +15,6 @@ cdef class Known:
     cdef tuple leg(self, worker, job_key, bint encoded)
 
 
+cdef add(cell, double amount)
 cdef tuple told(headers)
 cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more)

@@ -24,7 +24,7 @@ from .routes import CHAT, COMPLETIONS
 from .stream.asked import ask, count
 
 from .express cimport Express
-from .known cimport Known
+from .known cimport Known, add
 
 cdef extern from *:
     """
@@ -316,8 +316,8 @@ cdef class Lane:
             flight.key = admission.quota.take(identity, cost, now)
         admission.queue.charge(identity.key, identity.weight, cost)
         admission.budgets.seen(tokens, cost)
-        admission.prefill.add(tokens)
-        admission.kv.add(cost)
+        add(admission.prefill, tokens)
+        add(admission.kv, cost)
         return True
 
     cdef _demand(self, Known known, bytes body, dict fields, str model, serving):

@@ -5,7 +5,7 @@ It has the same attributes, so that the pump, and whoever goes on with a broken 
 `tests/router/stream/test_answer.py` feeds both the same and compares what they write and know.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memchr, memcmp
 
 import msgspec
@@ -219,7 +219,7 @@ cdef class AnswerStream:
         cdef ssize_t at, close
         self.steady = False
         if end - start < 7 or memcmp(text + start, b"data: {", 7) != 0:
-            event = data[start:end]
+            event = PyBytes_FromStringAndSize(text + start, end - start)
             if not event.startswith(b"data:"):
                 return event
             if event[5:12].strip().startswith(b"[DONE]"):
@@ -227,7 +227,7 @@ cdef class AnswerStream:
                 return event
         at = _find(text, start, end, b'"prompt_token_ids":[', 20)
         if at < 0:
-            event = data[start:end]
+            event = PyBytes_FromStringAndSize(text + start, end - start)
         else:
             # Out of it before decoding: there can be tens of thousands.
             close = _find(text, at, end, b"]", 1)
@@ -239,7 +239,7 @@ cdef class AnswerStream:
             else:
                 event = data[start:at + 19] + b"null" + data[close + 1 if close >= 0 else start:end]
         try:
-            chunk = _decode_chunk(memoryview(event)[5:])
+            chunk = _decode_chunk(PyBytes_FromStringAndSize(PyBytes_AS_STRING(event) + 5, PyBytes_GET_SIZE(event) - 5))
         except (msgspec.DecodeError, UnicodeDecodeError):
             chunk = loosely(event[5:])
             if chunk is None:
