@@ -16,6 +16,10 @@ PURE = "HPCSERVE_PURE"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+_told: set[str] = set()
+"""What was warned of: all modules are missing for the same reason, and one warning is enough."""
+
+
 def compiled(name: str, what: str) -> Any | None:
     """The module `hpcserve.NAME`; None, with a warning that begins with `what`, where it was not compiled or
     its source has changed since. Without it, the same is done by Python."""
@@ -24,19 +28,21 @@ def compiled(name: str, what: str) -> Any | None:
     try:
         module = importlib.import_module(f"hpcserve.{name}")
     except ImportError as error:
-        log.warning(
-            "%s costs more CPU time than it could, for hpcserve.%s was not compiled: %s", what, name, error
-        )
+        _warn("missing", "%s costs more CPU time than it could, for hpcserve.%s was not compiled: %s; install"
+              " hpcserve again with a C compiler and Python's headers", what, name, error)  # fmt: skip
         return None
     source = _PACKAGE.joinpath(*name.split(".")).with_suffix(".pyx")
     if source.exists() and digest(source) != module.SOURCE:
-        log.warning(
-            "hpcserve.%s is not used: it was compiled from another %s; install hpcserve again",
-            name,
-            source.name,
-        )
+        text = "hpcserve.%s is not used: it was compiled from another %s; install hpcserve again"
+        _warn(name, text, name, source.name)
         return None
     return module
+
+
+def _warn(kind: str, text: str, *given: object) -> None:
+    if kind not in _told:
+        _told.add(kind)
+        log.warning(text, *given)
 
 
 def digest(source: Path) -> str:
