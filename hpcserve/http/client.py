@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
 
 from .errors import Header, HttpError, UpstreamError
+from .heads import Heads
 from .response import UpstreamResponse
 from .upstream import Origin, UpstreamConnection
 
@@ -21,8 +22,15 @@ class Pool:
     """
 
     def __init__(
-        self, *, connect_timeout: float = 5.0, idle_timeout: float = 4.0, idle_per_origin: int = 256
+        self,
+        *,
+        connect_timeout: float = 5.0,
+        idle_timeout: float = 4.0,
+        idle_per_origin: int = 256,
+        answers: Heads | None = None,
     ) -> None:
+        """With `answers`, heads that came before are not parsed again."""
+        self.answers = answers
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._idle_per_origin = idle_per_origin
@@ -102,14 +110,16 @@ class Pool:
         oldest = asyncio.get_running_loop().time() - self._idle_timeout
         while idle:
             connection = idle.pop()
-            if connection.usable and connection.idle_since > oldest:
+            if connection.idle_since > oldest and connection.usable:
                 return connection
             connection.abort()
         return None
 
     def put(self, connection: UpstreamConnection, origin: Origin) -> None:
         """Keep a connection for later (called by it when its answer is whole)."""
-        idle = self._idle.setdefault(origin, deque())
+        idle = self._idle.get(origin)
+        if idle is None:
+            idle = self._idle[origin] = deque()
         if self._closed or len(idle) >= self._idle_per_origin:
             connection.abort()
             return

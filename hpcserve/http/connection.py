@@ -14,7 +14,8 @@ import httptools
 from .errors import ClientGone, Header, HttpError
 from .exchange import Exchange, Handler
 from .head import head_too_large, malformed, read_head
-from .host import Host
+from .heads import whole
+from .host import Host, at_once
 
 log = logging.getLogger(__name__)
 
@@ -41,26 +42,22 @@ class Connection(asyncio.Protocol):
         self._peer = ""
         self._url = b""
         self._headers: list[Header] = []
-        self._head_bytes = 0
-        self._in_head = False
-        self._fed = 0
+        self._in_head = self._muted = self._parses = False
+        self._head_bytes = self._fed = 0
         self._arriving = 0
         """Bytes of the piece that is being parsed."""
         self._framing: Header | None = None
         """How the body is framed that the parser does not see, for the request's `Upgrade` header."""
-        self._muted = False
         self._parsing: Exchange | None = None
         self._active: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
-        self._parses = False
         self._due: Exchange | None = None
         """To be answered when the piece that is being parsed is through: then most requests are whole."""
         self._pending: deque[Exchange] = deque()
         self._refusal: HttpError | None = None
         self._deaf = False
         """Input is thrown away: it was broken, or the connection is about to end."""
-        self._lingering = False
-        self._reading_paused = False
+        self._lingering = self._reading_paused = False
         self._write_waiter: asyncio.Future[None] | None = None
         self._write_deadline = _INF
         """For a client that does not read; it holds whatever else goes on."""
@@ -72,9 +69,7 @@ class Connection(asyncio.Protocol):
         # uvloop's transports are no asyncio.Transport by class.
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        raw = transport.get_extra_info("socket")
-        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        at_once(transport)
         peer = transport.get_extra_info("peername")
         self._peer = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
         self._host.connections.add(self)
@@ -106,6 +101,10 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        # Between two requests the parser is as it was at first.
+        express = None if self._active or self._parsing or self._in_head else self._host.express
+        if express is not None and express.whole(self, data):
+            return
         self._arriving = len(data)
         self._parses = True
         try:
@@ -119,6 +118,8 @@ class Connection(asyncio.Protocol):
             due, self._due = self._due, None
             if due is not None:
                 self._answer(due)
+                if express is not None and due.owner is not None:
+                    express.learn(data, due)
         if self._in_head:
             self._fed += len(data)
             if self._fed > self._host.limits.head:
@@ -268,6 +269,12 @@ class Connection(asyncio.Protocol):
 
     # Order of answers
 
+    def read(self, target: str, path: str, headers: list[Header], body: bytes) -> Exchange:
+        """A whole request with a head that the parser would take has come, and is answered next."""
+        self.deadline = self._write_deadline
+        self._active = exchange = whole(self, self._peer, target, path, headers, body)
+        return exchange
+
     def _dispatch(self, exchange: Exchange) -> None:
         self._active = exchange
         if self._parses:
@@ -349,11 +356,7 @@ class Connection(asyncio.Protocol):
             self._refuse(refusal)
 
     def _refuse(self, refusal: HttpError) -> None:
-        body = refusal.body()
-        self.send(
-            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"connection: close\r\n\r\n%b" % (refusal.status, len(body), body)
-        )
+        self.send(refusal.last_words())
         self._end()
 
     def _end(self) -> None:

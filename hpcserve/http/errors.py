@@ -33,6 +33,14 @@ class HttpError(Exception):
     def body(self) -> bytes:
         return error_body(self.status, self.message, code=self.code)
 
+    def last_words(self) -> bytes:
+        """The whole response, to input that is no request."""
+        body = self.body()
+        return (
+            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%b" % (self.status, len(body), body)
+        )
+
 
 class ClientGone(Exception):
     """The client closed its connection before its request was read."""

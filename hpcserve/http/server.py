@@ -10,7 +10,7 @@ import ssl
 from .connection import Connection
 from .errors import ClientGone, HttpError
 from .exchange import Exchange, Handler
-from .host import Quick
+from .host import Express, Quick
 from .limits import Limits
 
 __all__ = ["ClientGone", "Exchange", "Handler", "HttpError", "Limits", "Server", "serve"]
@@ -27,10 +27,17 @@ class Server:
     """A listening server; made by `serve()`."""
 
     def __init__(
-        self, handler: Handler, *, limits: Limits, cancel_on_disconnect: bool, quick: Quick | None = None
+        self,
+        handler: Handler,
+        *,
+        limits: Limits,
+        cancel_on_disconnect: bool,
+        quick: Quick | None = None,
+        express: Express | None = None,
     ) -> None:
         self.handler = handler
         self.quick = quick
+        self.express = express
         self.limits = limits
         self.cancel_on_disconnect = cancel_on_disconnect
         self.closing = False
@@ -107,15 +114,21 @@ async def serve(
     limits: Limits | None = None,
     cancel_on_disconnect: bool = False,
     quick: Quick | None = None,
+    express: Express | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> Server:
     """Listen on `sock` if given (it may already be bound), else on `host`:`port`; port 0 takes a free one.
 
     With `cancel_on_disconnect` a handler is cancelled when its client goes away. `quick` is asked first about
-    requests that came whole, and answers those it takes without a task. Raises OSError.
+    requests that came whole, and answers those it takes without a task; `express` is asked before the parser.
+    Raises OSError.
     """
     server = Server(
-        handler, limits=limits or Limits(), cancel_on_disconnect=cancel_on_disconnect, quick=quick
+        handler,
+        limits=limits or Limits(),
+        cancel_on_disconnect=cancel_on_disconnect,
+        quick=quick,
+        express=express,
     )
     await server.listen(sock or bind(host, port), tls)
     return server

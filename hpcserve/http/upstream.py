@@ -10,6 +10,8 @@ from typing import Protocol, cast
 import httptools
 
 from .errors import Header, UpstreamError, UpstreamFault
+from .heads import Headers, Heads
+from .host import at_once
 from .response import Reader, UpstreamResponse
 
 _HEAD_LIMIT = 64 * 1024
@@ -21,6 +23,9 @@ Origin = tuple[str, int]
 class ConnectionOwner(Protocol):
     """The pool, as a connection sees it."""
 
+    answers: Heads | None
+    """Heads of answers that were parsed before; None: each one is parsed."""
+
     def opened(self, connection: UpstreamConnection) -> None: ...
     def put(self, connection: UpstreamConnection, origin: Origin) -> None: ...
     def forget(self, connection: UpstreamConnection, origin: Origin) -> None: ...
@@ -31,6 +36,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def __init__(self, pool: ConnectionOwner, origin: Origin) -> None:
         self._pool = pool
+        self._answers = pool.answers
         self._origin = origin
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -41,6 +47,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._answered = False
         """The head of the answer has come."""
         self._is_head_request = False
+        self._status = 0
         self._bounded = False
         self._keep = False
         self._complete = False
@@ -57,9 +64,7 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        raw = transport.get_extra_info("socket")
-        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        at_once(transport)
         self._pool.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -88,7 +93,10 @@ class UpstreamConnection(asyncio.Protocol):
             # Nobody asked: such a connection can't be trusted with the next request.
             self.abort()
             return
+        fresh = not self.heard and self._answers is not None and not self._is_head_request
         self.heard = True
+        if fresh and self._whole(data):
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -102,6 +110,8 @@ class UpstreamConnection(asyncio.Protocol):
             if self._head_bytes > _HEAD_LIMIT:
                 self._break("protocol", "the response head is too large")
             return
+        if fresh:
+            self._learn(data)
         pieces = self._pieces
         piece = b""
         if pieces:
@@ -112,6 +122,32 @@ class UpstreamConnection(asyncio.Protocol):
         elif piece and self._reader is not None:
             self._ends_line = data.endswith(b"\r\n")
             self._reader.feed(piece)
+
+    # Answers whose heads came before
+
+    def _whole(self, data: bytes) -> bool:
+        """Is this a whole answer with a head that is known? Then its reader has it now."""
+        answers = self._answers
+        if answers is None or self._reader is None:
+            return False
+        found = answers.answer(data)
+        if found is None:
+            return False
+        (status, headers), body = found
+        self._keep = self._answered = self._complete = True
+        self._reader.head(status, headers)
+        self._finish(body)
+        return True
+
+    def _learn(self, data: bytes) -> None:
+        """The parser has read the head that `data` begins with."""
+        answers = self._answers
+        if answers is None or not self._keep or not self._bounded or self._status in (204, 304):
+            return
+        # And no 1xx before it.
+        if data.startswith(b"HTTP/1.1 %d" % self._status) and answers.again(data):
+            headers = self._headers = Headers(self._headers)
+            answers.keep(data, headers, (self._status, headers))
 
     # httptools callbacks
 
@@ -147,6 +183,7 @@ class UpstreamConnection(asyncio.Protocol):
                     return
         self._bounded, self._chunked = bounded, codings == 1
         self._keep = parser.should_keep_alive() and not self._is_head_request
+        self._status = status
         self._answered = True
         self._complete = self._is_head_request
         self._reader.head(status, self._headers)
@@ -204,6 +241,11 @@ class UpstreamConnection(asyncio.Protocol):
             self._transport.write(data)
         if self._writable is not None:
             await asyncio.shield(self._writable)
+
+    @property
+    def reader(self) -> Reader | None:
+        """Who takes the answer that is coming."""
+        return self._reader
 
     def hand_over(self, reader: Reader) -> None:
         """Let `reader` take the rest of the answer that is coming."""

@@ -10,6 +10,7 @@ from .admission.admission import Ticket
 from .call import Call
 from .demand import Demand
 from .metrics import Child, Metrics
+from .placement.decision import Decision
 from .prompt import Prompts
 from .usage import Usage
 
@@ -53,7 +54,11 @@ class Account:
         child.value += 1
 
     def let_in(self, ticket: Ticket, name: str) -> None:
-        self._metrics.queue.observe(ticket.waited)
+        self.entered(name, ticket.waited)
+
+    def entered(self, name: str, waited: float) -> None:
+        """A request of the key called `name` was let in."""
+        self._metrics.queue.observe(waited)
         self._key(name).requests.value += 1
 
     def served(
@@ -65,11 +70,23 @@ class Account:
         told: Mapping[str, Any] | None,
     ) -> None:
         """An answer is whole; `gap` is the mean time between its events, `told` the engine's `usage`."""
-        metrics = self._metrics
         exchange = call.exchange
         if exchange.status == 200 and exchange.finished:
-            metrics.latency.observe(asyncio.get_running_loop().time() - call.arrived)
+            self._metrics.latency.observe(asyncio.get_running_loop().time() - call.arrived)
         usage = Usage.of(told)
+        if usage is not None:
+            ticket.used(
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens or 0,
+                completion_tokens=usage.completion_tokens,
+            )
+        self.counted(call.user, demand, gap, usage, call.decisions[-1] if call.decisions else None)
+
+    def counted(
+        self, user: str, demand: Demand, gap: float | None, usage: Usage | None, decision: Decision | None
+    ) -> None:
+        """What the engine counted of an answer to the key `user`; `decision` was the last placement."""
+        metrics = self._metrics
         if gap is not None:
             metrics.tpot.observe(gap)
             # Engines count the tokens; where they don't, one event is one token.
@@ -77,23 +94,28 @@ class Account:
         if usage is None:
             return
         cached = usage.cached_tokens or 0
-        ticket.used(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=cached,
-            completion_tokens=usage.completion_tokens,
-        )
         self._prompts.learn(demand, usage.prompt_tokens, usage.completion_tokens)
         self._prompt.value += usage.prompt_tokens
         if usage.cached_tokens is not None:
             self._reported.value += usage.prompt_tokens
         self._cached.value += cached
         self._generated.value += usage.completion_tokens
-        if call.decisions:
-            self._predicted.value += min(call.decisions[-1].cached_tokens, usage.prompt_tokens)
-        key = self._key(call.user)
+        if decision is not None:
+            self._predicted.value += min(decision.cached_tokens, usage.prompt_tokens)
+        key = self._key(user)
         key.prompt.value += usage.prompt_tokens
         key.cached.value += cached
         key.completion.value += usage.completion_tokens
+
+    def brief(self, user: str, demand: Demand, prompt: int, completion: int, predicted: int) -> None:
+        """`counted()` of an answer in one event, whose engine does not say what was cached."""
+        self._prompts.learn(demand, prompt, completion)
+        self._prompt.value += prompt
+        self._generated.value += completion
+        self._predicted.value += min(predicted, prompt)
+        key = self._key(user)
+        key.prompt.value += prompt
+        key.completion.value += completion
 
     def placed(self, call: Call) -> None:
         """A request has ended: what its placements took."""

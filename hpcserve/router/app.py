@@ -14,6 +14,7 @@ from ..engines.kv_events.messages import KvMessage
 from ..http.client import Pool
 from ..http.errors import HttpError
 from ..http.exchange import Exchange
+from ..http.heads import heads
 from . import call as calls
 from . import form, refusals, routes
 from .account import Account
@@ -77,7 +78,7 @@ class Router:
         self.idle = asyncio.Event()
         """Set while nothing is in flight."""
         self.idle.set()
-        self.pool = Pool()
+        self.pool = Pool(answers=heads())
         self.keyring = KeyRing(config.api_key, config.keys)
         self.meter = Meter()
         self.admission = Admission(

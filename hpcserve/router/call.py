@@ -113,7 +113,7 @@ class Call:
         """The answer begins: headers for the client, an engine's less those of its connection, and ours."""
         if self.ticket is not None:
             self.ticket.first_byte()
-        kept = _passed_on(headers, _HOP_BY_HOP)
+        kept = for_client(headers)
         kept += id_headers(self.route.path, self.request_id)
         for warning in self.warnings:
             kept.append((b"x-hpcserve-warning", warning.encode("ascii", "replace")))
@@ -126,13 +126,26 @@ class Call:
 
         `encoded`: the body is our own JSON, not the client's bytes.
         """
-        headers = _passed_on(self.exchange.headers, _NOT_FOR_ENGINES)
-        if encoded:
-            headers = [header for header in headers if header[0] != b"content-type"]
-            headers.append((b"content-type", b"application/json"))
-        headers.append((b"x-request-id", (request_id or self.request_id).encode("ascii")))
-        headers += bearer(self.job_key)
-        return headers
+        given = (request_id or self.request_id).encode("ascii")
+        return for_engine(self.exchange.headers, given, self.job_key, encoded=encoded)
+
+
+def for_client(headers: Iterable[Header]) -> list[Header]:
+    """An engine's headers less those of its connection."""
+    return _passed_on(headers, _HOP_BY_HOP)
+
+
+def for_engine(
+    headers: Iterable[Header], request_id: bytes, job_key: str | None, *, encoded: bool
+) -> list[Header]:
+    """See `Call.engine_headers()`."""
+    kept = _passed_on(headers, _NOT_FOR_ENGINES)
+    if encoded:
+        kept = [header for header in kept if header[0] != b"content-type"]
+        kept.append((b"content-type", b"application/json"))
+    kept.append((b"x-request-id", request_id))
+    kept += bearer(job_key)
+    return kept
 
 
 def _passed_on(headers: Iterable[Header], dropped: Collection[bytes]) -> list[Header]:
@@ -174,6 +187,11 @@ def fields(exchange: Exchange, body: bytes) -> Raw:
     encoding = exchange.header(b"content-encoding")
     if encoding is not None and encoding.lower() != b"identity":
         raise HttpError(415, "compressed request bodies are not understood; send plain JSON")
+    return members(body)
+
+
+def members(body: bytes) -> Raw:
+    """`fields()` of a body that is not compressed."""
     try:
         if not body.isascii():
             # msgspec leaves out this check where it makes no string.

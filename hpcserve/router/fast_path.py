@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..http.compiled import compiled as compiled_module
+from ..http.connection import Connection
 from ..http.errors import HttpError
 from ..http.exchange import Exchange
+from ..http.heads import heads
 from . import call as calls
 from . import routes
 from .call import Call, Raw
@@ -42,6 +45,19 @@ _TELLING = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs")
 """Members that the task looks into."""
 
 
+def lane(path: FastPath) -> Any | None:
+    """The compiled Lane; None where it was not compiled."""
+    known = heads()
+    if known is None:
+        return None
+    module = None
+    for name in ("stream.answer", "known", "express", "lane"):
+        module = compiled_module(f"router.{name}", "each request")
+        if module is None:
+            return None
+    return None if module is None else module.Lane(path, known)
+
+
 class FastPath:
     """One per router process."""
 
@@ -49,6 +65,8 @@ class FastPath:
         self.router = router
         self.flights: set[Flight] = set()
         self.pump: Pumping | None = None
+        self.lane: Any | None = None
+        """The compiled way; None: there is none."""
         self._timer: asyncio.TimerHandle | None = None
 
     def _start(self) -> None:
@@ -57,6 +75,7 @@ class FastPath:
         module = compiled()
         if module is not None:
             self.pump = Pumping(module, self.loop)
+        self.lane = lane(self)
         self._watch()
 
     def quick(self, exchange: Exchange) -> bool:
@@ -76,6 +95,8 @@ class FastPath:
             return False
         if self._timer is None:
             self._start()
+        if self.lane is not None and self._express(exchange):
+            return True
         try:
             flight = self._flight(exchange, route)
         except (HttpError, RecursionError):
@@ -88,6 +109,25 @@ class FastPath:
             return False
         flight.start()
         return True
+
+    def _express(self, exchange: Exchange) -> bool:
+        try:
+            return bool(self.lane is not None and self.lane.take(exchange))
+        except Exception:
+            log.exception("the compiled way failed")
+            return False
+
+    def whole(self, wire: Connection, data: bytes) -> bool:
+        """See `http.host.Express`."""
+        try:
+            return bool(self.lane is not None and self.lane.whole(wire, data))
+        except Exception:
+            log.exception("the compiled way failed")
+            return False
+
+    def learn(self, data: bytes, exchange: Exchange) -> None:
+        if self.lane is not None:
+            self.lane.learn(data, exchange)
 
     def _flight(self, exchange: Exchange, route: routes.Route) -> Flight | None:
         """A flight that was let in; None where only a task can answer. Raises HttpError, RecursionError."""

@@ -74,21 +74,18 @@ class Flight:
         self._fresh = False
         """The connection was made for this request."""
         self._request: tuple[bytes, ...] = ()
-        self._status = 0
+        self._status = self._kept = self._size = 0
         self._headers: list[Header] = []
         self._pieces: list[bytes] = []
         """Of a prefill worker's answer, of `_size` bytes."""
-        self._size = 0
         self._held: list[bytes] = []
         self._stream: GeneratedStream | None = None
         self._streams = False
         """The client's answer has begun."""
         self._first_at = 0.0
-        self._kept = 0
-        self._computes = False
-        """The worker still has the prompt to compute."""
+        self._computes = self._ended = False
+        """The worker still has the prompt to compute; all is over."""
         self._seat: Seat | None = None
-        self._ended = False
         self._ride: Ride | None = None
         """The stream's way on the pump, from its beginning to the end of its worker's answer."""
         self.since = 0.0
@@ -152,10 +149,14 @@ class Flight:
         connection = router.pool.take(origin)
         self._fresh = connection is None
         if connection is None:
-            self._connecting = self._path.loop.create_task(self._connect(origin))
+            self.connect(origin)
         else:
             self._connection = connection
             connection.ask(self._request, self)
+
+    def connect(self, origin: Origin) -> None:
+        """Send the request on a new connection."""
+        self._connecting = self._path.loop.create_task(self._connect(origin))
 
     async def _connect(self, origin: Origin) -> None:
         try:
@@ -204,8 +205,7 @@ class Flight:
         if error.fault == "reset" and not self._fresh and connection is not None and not connection.heard:
             # It was closed while nobody used it. A new one decides.
             self._connection, self._fresh = None, True
-            origin = client.split(worker.url)[0]
-            self._connecting = self._path.loop.create_task(self._connect(origin))
+            self.connect(client.split(worker.url)[0])
             return
         self._connection = None
         self._lose(LegFailure(error.fault, worker, error.message))

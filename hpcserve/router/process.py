@@ -95,6 +95,7 @@ class Relay:
                 await server.serve(
                     self._router.handle,
                     quick=self._router.fast_path.quick,
+                    express=self._router.fast_path,
                     sock=sock,
                     cancel_on_disconnect=True,
                     tls=spoken,

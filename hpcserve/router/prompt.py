@@ -42,7 +42,7 @@ _BLOCK_SIZE = 1000
 _LETTERS = re.compile(rb"[A-Za-z0-9+/=_-]+")
 _BLOCK = re.compile(rb"[A-Za-z0-9+/=_-]{1000}")
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=_-]{2000}")
-_PROBE_EVERY, _PROBE = 4096, 256
+PROBE_EVERY, PROBE = 4096, 256
 
 
 class _Model:
@@ -78,11 +78,11 @@ _BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _BEFORE = ("tools", "system", "instructions")
 """What templates put before the messages."""
 _TEMPLATE = ("chat_template", "chat_template_kwargs", "reasoning_effort")
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _SESSION = ("session_id", "prompt_cache_key", "user")
-_SELDOM = frozenset({*_BEFORE, *_TEMPLATE, *_SESSION, "cache_salt", "n", "priority", "service_tier"})
+SELDOM = frozenset({*_BEFORE, *_TEMPLATE, *_SESSION, "cache_salt", "n", "priority", "service_tier"})
 """Most requests have none of these, which takes one look to see."""
-_PLAIN_SPACE = units.space()
+PLAIN_SPACE = units.space()
 _places: list[slice] = []
 """Of chunks in a prompt, as many as any prompt had so far."""
 
@@ -107,12 +107,12 @@ class Prompts:
             except _BROKEN:
                 return self._unread(len(body))
         # A value of the wrong type counts as none: it is the engine's to refuse.
-        usual = _SELDOM.isdisjoint(fields)
+        usual = SELDOM.isdisjoint(fields)
         model = _text(fields.get("model")) or ""
-        known = self._model(model)
+        known = self.model(model)
         lora = "" if model in self.served else model
         salt = "" if usual else _text(fields.get("cache_salt")) or ""
-        space = units.space(lora, salt) if lora or salt else _PLAIN_SPACE
+        space = units.space(lora, salt) if lora or salt else PLAIN_SPACE
         generates = exchange.path.rstrip("/").endswith(_GENERATES)
         prompt = _prompt(fields, usual) if generates else _Prompt(None, len(body), plain=False)
         size, data = prompt.size, prompt.data
@@ -122,7 +122,7 @@ class Prompts:
         return Demand(
             prompt_tokens=max(1, prompt.images * IMAGE_TOKENS + int(size * ratio)),
             output_tokens=_answer(fields, known.answer, usual) if generates else 0,
-            chain=() if data is None else _chain(data, space if usual else _seed(fields, space)),
+            chain=() if data is None else chain(data, space if usual else _seed(fields, space)),
             chunk_tokens=CHUNK * ratio,
             session=_session(session, fields, usual),
             priority=0 if usual and priority is None else _priority(priority, fields),
@@ -133,7 +133,7 @@ class Prompts:
 
     def learn(self, demand: Demand, prompt_tokens: int, completion_tokens: int) -> None:
         """From an engine's own `usage` of one answer."""
-        known = self._model(demand.model)
+        known = self.model(demand.model)
         if prompt_tokens > 0 and demand.prompt_bytes >= CHUNK:
             known.prompts += 1
             weight = max(_WEIGHT, 1 / known.prompts)
@@ -142,7 +142,8 @@ class Prompts:
             known.answers += 1
             known.answer += max(_WEIGHT, 1 / known.answers) * (completion_tokens - known.answer)
 
-    def _model(self, name: str) -> _Model:
+    def model(self, name: str) -> _Model:
+        """What was learned about its requests."""
         known = self._models.get(name)
         if known is None:
             if len(self._models) >= _MOST_MODELS:
@@ -156,7 +157,7 @@ class Prompts:
 
 
 def _prompt(fields: Raw, usual: bool) -> _Prompt:
-    """`usual`: there are no `_SELDOM` members."""
+    """`usual`: there are no `SELDOM` members."""
     last = None
     for name in ("messages", "prompt", "input"):
         last = fields.get(name)
@@ -180,8 +181,8 @@ def _prompt(fields: Raw, usual: bool) -> _Prompt:
 def _may_hold_base64(data: memoryview) -> bool:
     """Are there stretches without a space? A look every few kilobytes finds all that matter."""
     text = data.tobytes()
-    for start in range(_PROBE, len(text) - _PROBE, _PROBE_EVERY):
-        if text.find(b" ", start, start + _PROBE) < 0:
+    for start in range(PROBE, len(text) - PROBE, PROBE_EVERY):
+        if text.find(b" ", start, start + PROBE) < 0:
             return True
     return False
 
@@ -215,7 +216,7 @@ def _seed(fields: Raw, space: int) -> int:
     return seed
 
 
-def _chain(data: memoryview, seed: int) -> tuple[int, ...]:
+def chain(data: memoryview, seed: int) -> tuple[int, ...]:
     count = min(len(data) // CHUNK, MOST_CHUNKS)
     if not count:
         return ()
@@ -235,7 +236,7 @@ def _given(raw: msgspec.Raw) -> bool:
 
 def _answer(fields: Raw, expected: float, usual: bool) -> int:
     tokens = int(expected) or 1
-    for name in _LIMITS:
+    for name in LIMITS:
         raw = fields.get(name)
         most = None if raw is None else _whole(raw)
         if most is not None and most >= 0:

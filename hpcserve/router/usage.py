@@ -24,7 +24,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             return None
         details = told.get("prompt_tokens_details") or told.get("input_tokens_details")
         cached = told.get("cache_read_input_tokens")
-        if isinstance(details, Mapping):
+        if isinstance(details, dict):
             cached = details.get("cached_tokens")
         return cls(
             prompt_tokens=prompt,

@@ -21,7 +21,7 @@ def build(out: Path, **environ: str) -> Path:
     subprocess.run(
         [*command, "--wheel-dir", str(out), str(CHECKOUT)],
         check=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | environ,
     )
     (built,) = out.glob("hpcserve-*.whl")
@@ -44,7 +44,7 @@ def dry_run(python_path: Path, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1000)
 def test_a_wheel_carries_templates_sites_and_schemas(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"hpcserve/data/site-configs/{name}" for name in SITES} <= names
@@ -52,21 +52,22 @@ def test_a_wheel_carries_templates_sites_and_schemas(wheel: Path) -> None:
     assert {"hpcserve/config/schemas/model.schema.json", "hpcserve/config/schemas/site.schema.json"} <= names
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1000)
 def test_wheel_and_checkout_render_the_same_job(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     assert dry_run(installed, tmp_path) == dry_run(CHECKOUT, tmp_path)
 
 
-@pytest.mark.timeout(400)
-def test_a_wheel_carries_the_compiled_pump_for_this_platform(wheel: Path) -> None:
-    [pump] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    assert pump.startswith("hpcserve/router/stream/pump.")
+@pytest.mark.timeout(1000)
+def test_a_wheel_carries_what_is_compiled_for_this_platform(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    sources = {path.relative_to(CHECKOUT).with_suffix("") for path in (CHECKOUT / "hpcserve").rglob("*.pyx")}
+    assert {name.split(".")[0] for name in names} == {str(source) for source in sources}
     assert "linux" in wheel.name
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1000)
 def test_a_wheel_can_be_pure_python(tmp_path: Path) -> None:
     pure = build(tmp_path, HPCSERVE_COMPILE="0")
     assert pure.name.endswith("-py3-none-any.whl")

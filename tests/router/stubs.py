@@ -208,7 +208,10 @@ class Bench:
         config = RouterConfig(**(defaults | settings))
         self.router = Router(config, on_suspect=self._suspect)
         self.server = await serve(
-            self.router.handle, quick=self.router.fast_path.quick, cancel_on_disconnect=True
+            self.router.handle,
+            quick=self.router.fast_path.quick,
+            express=self.router.fast_path,
+            cancel_on_disconnect=True,
         )
         self.table()
         return self

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hpcserve.http.compiled import compiled
 from hpcserve.router.flight import Flight
 from hpcserve.router.stream.generated import GeneratedStream
 
@@ -90,6 +91,9 @@ async def test_what_a_stream_held_is_free_at_its_end_and_not_at_a_collection(sta
     """Bodies and prompt ids of hundreds of kilobytes would pile up until the collector comes."""
     bench = await start(*engines)
     body = {"model": "toy", "prompt": "a b", "stream": True}
+    express, answer = compiled("router.express", "a test"), compiled("router.stream.answer", "a test")
+    assert express is not None and answer is not None
+    kinds = (Flight, GeneratedStream, express.Express, answer.AnswerStream)
     gc.collect()
     gc.disable()
     try:
@@ -98,7 +102,7 @@ async def test_what_a_stream_held_is_free_at_its_end_and_not_at_a_collection(sta
             await response.read(1 << 20)
         await until(lambda: not bench.router.in_flight, "the router to be idle")
         # By type: isinstance() would ask other libraries' lazy modules for their class.
-        left = [one for one in gc.get_objects() if type(one) in (Flight, GeneratedStream)]
+        left = [one for one in gc.get_objects() if type(one) in kinds]
     finally:
         gc.enable()
     assert not left

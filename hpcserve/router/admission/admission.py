@@ -320,15 +320,19 @@ class Admission:
         What is larger than a whole budget goes when nothing else runs. No workers have no budget:
         that nobody can answer is told elsewhere.
         """
+        return self.lacking(ticket.prefill, ticket.cost)
+
+    def lacking(self, tokens: float, cost: float) -> str | None:
+        """`fits()` of a request with so many tokens of prompt, and of prompt and answer."""
         budgets = self.budgets
         if not budgets.workers:
             return None
         prefill = self.prefill.total
-        if prefill > 0.0 and prefill + ticket.prefill > budgets.prefill:
+        if prefill > 0.0 and prefill + tokens > budgets.prefill:
             return "prefill"
         if budgets.kv is not None:
             kv = self.kv.total
-            if kv > 0.0 and kv + ticket.cost > budgets.kv:
+            if kv > 0.0 and kv + cost > budgets.kv:
                 return "kv"
         return None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ...http.compiled import compiled
 from ..demand import Demand
 from .choice import Choice
 from .cost import FAR, TWO_LEGS, transfer
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 class LowestCost:
     """See cost.py for the terms."""
 
+    def __init__(self) -> None:
+        module = compiled("router.placement.lowest", "each placement")
+        self._choose: Callable[..., Choice | None] | None = None if module is None else module.choose
+
     def choose(
         self, demand: Demand, answering: Sequence[Worker], prefill: Sequence[Worker], view: View
     ) -> Choice:
@@ -27,6 +32,10 @@ class LowestCost:
         if prefill:
             other = Scores(demand, view.pool(prefill), view, False, False)
             return _pair(Scores(demand, view.pool(answering), view, True, True), other, view)
+        if self._choose is not None and type(answering) is list:
+            choice = self._choose(demand, answering, view)
+            if choice is not None:
+                return choice
         pool = view.pool(answering)
         if len(answering) == 1:
             uncached = pool.uncached(demand, view.held)[0][0]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ALL_AT_ONCE = 32
 """Workers whose load is read for each decision; the others are read in turn."""
-_MEMORY = 60.0
+MEMORY = 60.0
 """Seconds over which the share of time that workers prefill is averaged."""
 
 
@@ -66,7 +66,7 @@ class Pool:
         busy = self.read(start, stop, mean_uncached, now) / (stop - start)
         # By time, not by decision: bursts would count what they bring themselves.
         if now > self._seen > 0.0:
-            weight = 1.0 - exp((self._seen - now) / _MEMORY)
+            weight = 1.0 - exp((self._seen - now) / MEMORY)
             self.prefilling += weight * ((busy + self._busy) / 2 - self.prefilling)
             self.behind = behind_at(self.prefilling)
         self._seen = now

@@ -14,8 +14,8 @@ import msgspec
 Fields = dict[str, Any]
 """The members of a request's body; their values are decoded, or msgspec.Raw."""
 
-_ADDED = {"return_token_ids": True, "stream_options": {"include_usage": True}}
-_ADDED_BYTES = msgspec.json.encode(_ADDED)[1:-1]
+ADDED = {"return_token_ids": True, "stream_options": {"include_usage": True}}
+ADDED_BYTES = msgspec.json.encode(ADDED)[1:-1]
 _ABOUT = frozenset({"return_token_ids", "stream_options", "tools", "echo"})
 """Members that change what is added."""
 
@@ -34,7 +34,7 @@ class Asked:
     added: Mapping[str, Any] = field(default_factory=dict)
 
 
-_USUAL = Asked(wants_ids=False, wants_usage=False, added=_ADDED)
+_USUAL = Asked(wants_ids=False, wants_usage=False, added=ADDED)
 
 
 def fields(body: bytes) -> Fields:
@@ -85,6 +85,6 @@ def splice(body: bytes, given: Fields, added: Mapping[str, Any]) -> bytes:
         return body
     if any(name in given for name in added):
         return msgspec.json.encode({**given, **added})
-    text = _ADDED_BYTES if added is _ADDED else msgspec.json.encode(added)[1:-1]
+    text = ADDED_BYTES if added is ADDED else msgspec.json.encode(added)[1:-1]
     brace = body.index(b"{") + 1
     return b"".join((body[:brace], text, b"," if given else b"", memoryview(body)[brace:]))

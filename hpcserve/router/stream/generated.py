@@ -24,7 +24,7 @@ _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids":['
 _ONGOING = b'"finish_reason":null'
 _CHAT_TEXT = b'"delta":{"content":"'
-_SGLANG_CHAT_TEXT = b'"delta":{"reasoning_content":null,"content":"'
+SGLANG_CHAT_TEXT = b'"delta":{"reasoning_content":null,"content":"'
 """In SGLang's chunks (0.5.23, srt/entrypoints/openai/sse_utils.py); what follows the text is as in vLLM's."""
 _CHAT_CLOSE = b'"},"logprobs":'
 _TEXT = b'"text":"'
@@ -43,7 +43,7 @@ class _Choice(msgspec.Struct, gc=False):
     token_ids: Any = None
 
 
-class _Chunk(msgspec.Struct, gc=False):
+class Chunk(msgspec.Struct, gc=False):
     """The parts of an event that count."""
 
     choices: list[_Choice] | None = None
@@ -52,7 +52,7 @@ class _Chunk(msgspec.Struct, gc=False):
 
 
 _decode = msgspec.json.Decoder().decode
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+_decode_chunk = msgspec.json.Decoder(Chunk).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -69,6 +69,11 @@ class EngineFault(Exception):
 
 def given_up() -> EngineFault:
     return EngineFault("the engine gave up its answers", status=503, event=None)
+
+
+def marks_of(chat: bool) -> tuple[bytes, bytes]:
+    """What a usual event has before its text, and after it."""
+    return (_CHAT_TEXT, _CHAT_CLOSE) if chat else (_TEXT, _CLOSE)
 
 
 class GeneratedStream:
@@ -93,7 +98,7 @@ class GeneratedStream:
         self._write = write
         self._on_prompt_ids = on_prompt_ids
         self._keep_ids = asked.wants_ids
-        self._mark, self._close = (_CHAT_TEXT, _CHAT_CLOSE) if chat else (_TEXT, _CLOSE)
+        self._mark, self._close = marks_of(chat)
         self._held = Held()
         self.chat = chat
         self.wants_ids = asked.wants_ids
@@ -127,6 +132,9 @@ class GeneratedStream:
 
     def write_to(self, write: Callable[[bytes], None]) -> None:
         self._write = write
+
+    def prompt_ids_to(self, on_prompt_ids: Callable[[bytes], bool]) -> None:
+        self._on_prompt_ids = on_prompt_ids
 
     @property
     def marks(self) -> tuple[bytes, bytes]:
@@ -226,13 +234,13 @@ class GeneratedStream:
         try:
             chunk = _decode_chunk(event[5:])
         except (msgspec.DecodeError, UnicodeDecodeError):
-            loose = _loosely(event[5:])
+            loose = loosely(event[5:])
             if loose is None:
                 self.introduced, self.plain = True, False
                 return event
             chunk = loose
         if chunk.error is not None:
-            fault = _fault(chunk.error, event)
+            fault = fault_of(chunk.error, event)
             if fault.status >= 500:
                 raise fault
             # The request is to blame, and would fare no better elsewhere.
@@ -247,10 +255,10 @@ class GeneratedStream:
             self.head = event[5:place].lstrip()
         for choice in chunk.choices:
             self._choice(choice)
-        if self.chat and event.find(_SGLANG_CHAT_TEXT) > 0:
-            self._mark = _SGLANG_CHAT_TEXT
+        if self.chat and event.find(SGLANG_CHAT_TEXT) > 0:
+            self._mark = SGLANG_CHAT_TEXT
         self.introduced = True
-        return event if self._keep_ids else _without_ids(event)
+        return event if self._keep_ids else without_ids(event)
 
     def _without_prompt(self, event: bytes) -> bytes:
         """Take the prompt's ids out before decoding: there can be tens of thousands."""
@@ -292,7 +300,7 @@ class GeneratedStream:
             self.finished = True
 
 
-def _loosely(data: bytes) -> _Chunk | None:
+def loosely(data: bytes) -> Chunk | None:
     """What counts of an event in a form of its own; None where it is no object."""
     try:
         chunk = _decode(data)
@@ -310,10 +318,10 @@ def _loosely(data: bytes) -> _Chunk | None:
             if isinstance(choice, dict)
         ]
         found = found or [_Choice()]
-    return _Chunk(found, chunk.get("usage"), chunk.get("error"))
+    return Chunk(found, chunk.get("usage"), chunk.get("error"))
 
 
-def _without_ids(event: bytes) -> bytes:
+def without_ids(event: bytes) -> bytes:
     """With `null` for each list of tokens: what the engine writes where it is not asked for them."""
     at = event.find(_IDS)
     while at > 0:
@@ -323,7 +331,7 @@ def _without_ids(event: bytes) -> bytes:
     return event
 
 
-def _fault(error: object, event: bytes) -> EngineFault:
+def fault_of(error: object, event: bytes) -> EngineFault:
     fields = error if isinstance(error, dict) else {}
     code = fields.get("code")
     status = code if type(code) is int and 400 <= code < 600 else 500

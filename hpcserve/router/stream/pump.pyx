@@ -41,14 +41,14 @@ cdef extern from "<string.h>" nogil:
 
 cdef extern from *:
     """
-    #ifndef PUMP_SOURCE
-    #define PUMP_SOURCE ""
+    #ifndef HPCSERVE_SOURCE
+    #define HPCSERVE_SOURCE ""
     #endif
     """
-    const char *PUMP_SOURCE
+    const char *HPCSERVE_SOURCE
 
-SOURCE = PUMP_SOURCE.decode()
-"""SHA-256 of the file this was compiled from."""
+SOURCE = HPCSERVE_SOURCE.decode()
+"""SHA-256 of the source this was compiled from."""
 
 cdef enum:
     MOST_READY = 128

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import importlib
-import logging
-from pathlib import Path
 from typing import Any
 
+from ...http.compiled import compiled as module
 from ...http.exchange import Exchange
 from ...http.upstream import UpstreamConnection
 from .generated import GeneratedStream
 
-log = logging.getLogger(__name__)
-
 
 def compiled() -> Any | None:
-    """The module `pump`; None, with a warning, where it was not compiled or its source has changed: then
-    streams go by way of the event loop."""
-    try:
-        module = importlib.import_module(".pump", __package__)
-    except ImportError as error:
-        log.warning("streams cost more CPU time than they could, for the pump was not compiled: %s", error)
-        return None
-    source = Path(__file__).with_name("pump.pyx")
-    if source.exists() and hashlib.sha256(source.read_bytes()).hexdigest() != module.SOURCE:
-        log.warning("the pump is not used: it was compiled from another pump.pyx; install hpcserve again")
-        return None
-    return module
+    """The module `pump`; None, with a warning, where it can't be used: streams then go by the event loop."""
+    return module("router.stream.pump", "each stream")
 
 
 class Pumping:

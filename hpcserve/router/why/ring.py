@@ -41,12 +41,26 @@ class Ring:
 
     def add(self, call: Call) -> None:
         """A request that has ended."""
-        self._entries.append(
-            _Entry(
-                time(), call.request_id, call.user, call.route.path, call.model, call.exchange.status,
-                call.retries, call.migrations, tuple(call.decisions),
-            )
+        self.put(
+            call.request_id, call.user, call.route.path, call.model, call.exchange.status, call.retries,
+            call.migrations, tuple(call.decisions),
         )  # fmt: skip
+
+    def put(
+        self,
+        request_id: str,
+        user: str,
+        path: str,
+        model: str,
+        status: int,
+        retries: int,
+        migrations: int,
+        decisions: tuple[Decision, ...],
+    ) -> None:
+        """The same, without a Call."""
+        self._entries.append(
+            _Entry(time(), request_id, user, path, model, status, retries, migrations, decisions)
+        )
 
     def find(self, *, request_id: str | None = None, user: str | None = None, limit: int = 20) -> list[Json]:
         """The newest requests first. `user`: only those of the key with this name."""

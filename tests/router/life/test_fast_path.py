@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
+from hpcserve.http.compiled import PURE, compiled
 from hpcserve.http.exchange import Exchange
 from hpcserve.router import fast_path
 from tests.router.stubs import KEY, Bench, Seen, answer_with, sse, until
@@ -57,10 +58,12 @@ def idle(bench: Bench) -> bool:
     return not (router.in_flight or router.fast_path.flights or any(loads) or any(held) or any(leases))
 
 
-@pytest.fixture(params=["pump", "no pump"])
+@pytest.fixture(params=["compiled", "no pump", "pure"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "no pump":
         monkeypatch.setattr(fast_path, "compiled", lambda: None)
+    if request.param == "pure":
+        monkeypatch.setenv(PURE, "1")
     return str(request.param)
 
 
@@ -197,6 +200,7 @@ async def test_a_fault_of_our_own_is_a_500_and_leaves_nothing(start, monkeypatch
 async def test_a_fault_before_the_request_was_let_in_is_a_tasks_to_tell(start, monkeypatch, caplog):
     bench = await start("aggregated-0")
     monkeypatch.setattr(fast_path, "ask", lambda fields: 1 / 0)
+    monkeypatch.setattr(compiled("router.lane", "a test"), "ask", lambda fields: 1 / 0)
     assert (await bench.ask("/v1/completions", STREAM))[0] == 200
     assert "the fast path failed" in caplog.text
     await until(lambda: idle(bench), "the end of all bookkeeping")

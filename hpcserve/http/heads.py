@@ -1,0 +1,63 @@
+"""Heads that were read before, and need no second reading: the compiled `head_cache.pyx` as others see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from .compiled import compiled
+from .errors import Header
+from .exchange import Exchange, Wire
+
+Kept = TypeVar("Kept")
+
+
+class Headers(list[Header]):
+    """An answer's headers, the same object each time this head comes again."""
+
+    __slots__ = ("told",)
+
+    def __init__(self, headers: Sequence[Header]) -> None:
+        super().__init__(headers)
+        self.told: Any = None
+        """What a reader has made of them, for the next time."""
+
+
+class Heads(Protocol):
+    """What was made of heads, by their bytes."""
+
+    def find(self, data: bytes) -> tuple[Any, int, int] | None:
+        """What was kept for the head that `data` begins with, where that head ends, and its Content-Length
+        or -1; None for a head that isn't known."""
+        ...
+
+    def again(self, data: bytes) -> bool:
+        """Has this head come before? Only then is it worth keeping."""
+        ...
+
+    def keep(self, data: bytes, headers: Sequence[Header], known: Any) -> bool:
+        """The strict parser has read `headers` in this head; the next time `find()` gives `known`."""
+        ...
+
+    def answer(self, data: bytes) -> tuple[Any, bytes] | None:
+        """Of a known head, what was kept, and the body, which must be there to its last byte, with
+        Content-Length or in chunks of their usual form; else None."""
+        ...
+
+
+def whole(wire: Wire, peer: str, target: str, path: str, headers: list[Header], body: bytes) -> Exchange:
+    """The exchange of a POST whose head was known, and whose body has come."""
+    exchange = Exchange(
+        wire, method="POST", target=target, path=path, headers=headers, peer=peer, minor=1, keep=True,
+        declared=len(body), expects_continue=False,
+    )  # fmt: skip
+    exchange.feed(body)
+    exchange.complete()
+    return exchange
+
+
+def heads() -> Heads | None:
+    """A new one; None where it was not compiled: then each head is parsed."""
+    module = compiled("http.head_cache", "each request's head")
+    found: Heads | None = None if module is None else module.Heads()
+    return found

@@ -1,0 +1,446 @@
+# cython: language_level=3
+"""The usual flight, compiled: from a worker's choice to the last byte of its stream, as long as all goes well.
+
+It does what `flight.py` does, and has fields of its own for what a Call, a Ticket and a Seat hold. Whatever is not
+usual (a worker that fails, an answer that is no stream, a client that leaves) makes it a `Flight` in the same
+state, which goes on. `lane.pyx` decides which requests come here.
+"""
+
+from cpython.bytes cimport PyBytes_GET_SIZE
+from libc.math cimport INFINITY
+
+import msgspec
+
+from .admission.admission import Ticket
+from .board import Load
+from .call import Call
+from .disaggregated import PREFILL_ANSWER_MAX
+from .flight import Flight
+from .relay import inter_token
+from .stream.asked import ADDED, ADDED_BYTES, splice
+from .stream.answer import AnswerStream
+from .stream.generated import GIVEN_UP, EngineFault, given_up
+from .stream.pumping import Ride
+from .usage import Usage
+from .workers import Seat
+
+from .known cimport Known, add, message, told
+
+cdef extern from *:
+    """
+    #ifndef HPCSERVE_SOURCE
+    #define HPCSERVE_SOURCE ""
+    #endif
+    """
+    const char *HPCSERVE_SOURCE
+
+SOURCE = HPCSERVE_SOURCE.decode()
+"""SHA-256 of the files this was compiled from."""
+
+cdef object _encode = msgspec.json.encode
+cdef object _decode = msgspec.json.decode
+cdef tuple _TRANSFERRED = ("result", "transferred")
+
+
+cdef tuple _counts(usage):
+    """As Usage.of(), where an engine told prompt and completion tokens and no more; else None."""
+    if type(usage) is not dict:
+        return None
+    prompt, completion = (<dict>usage).get("prompt_tokens"), (<dict>usage).get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int or prompt < 0 or completion < 0:
+        return None
+    if (<dict>usage).get("prompt_tokens_details") or "input_tokens_details" in <dict>usage:
+        return None
+    return None if "cache_read_input_tokens" in <dict>usage else (prompt, completion)
+
+
+cdef _load(load, double in_flight, double prefill_tokens, double kv_tokens):
+    """As Load.add(), without a call where one process has all of it."""
+    if type(load) is not Load:
+        load.add(in_flight, prefill_tokens, kv_tokens)
+        return
+    load.in_flight = <double>load.in_flight + in_flight
+    load.prefill_tokens = <double>load.prefill_tokens + prefill_tokens
+    load.kv_tokens = <double>load.kv_tokens + kv_tokens
+
+
+cdef _observe(histogram, double value):
+    """As Histogram.observe()."""
+    cdef ssize_t at = 0
+    cdef double bound
+    for bound in <tuple>histogram.bounds:
+        if value <= bound:
+            break
+        at += 1
+    cdef list counts = histogram.counts
+    counts[at] = counts[at] + 1
+    histogram.sum = histogram.sum + value
+
+
+cdef class Express:
+    """Reads the engines' answers, owns the client's exchange, and is a lease of the worker it is on."""
+
+    @property
+    def pieces(self):
+        """Pieces of the stream that have come so far."""
+        carried = 0 if self.ride is None else self.ride.pieces
+        return carried if self.stream is None else carried + self.stream.pieces
+
+    cdef start(self):
+        """Choose workers, and ask the first."""
+        self.router.began()
+        self.exchange.owner = self
+        self.path.flights.add(self)
+        try:
+            self._place()
+        except Exception:
+            self.python()._crashed()
+
+    cdef _place(self):
+        router, demand = self.router, self.demand
+        cdef double now = self.arrived
+        decision = self.decision = router.placer.place(
+            demand, answering=self.serving.answering, prefill=self.prefill, now=now
+        )
+        assert decision is not None
+        router.placer.placed(decision, demand, now)
+        cdef double uncached = decision.uncached_tokens
+        if uncached != self.tokens:
+            add(router.admission.prefill, uncached - self.tokens)
+            self.tokens = uncached
+        if decision.prefill is None:
+            if self.prefill:
+                router.metrics.kv_legs.add(("result", "local"), ("reason", "quicker"))
+            added = self.asked.added
+            if added is ADDED:
+                self._ask(decision.answering, self.body, ADDED_BYTES, now)
+            else:
+                self._ask(decision.answering, splice(self.body, self.given, added), None, now)
+            return
+        self.fields = {**self.given, **self.asked.added}
+        try:
+            leg = _encode(router.engine.prefill_request(self.fields))
+        except (TypeError, ValueError, KeyError):
+            self.python()._again()
+            return
+        self._ask(decision.prefill, leg, None, now)
+
+    cdef _ask(self, worker, bytes body, bytes added, double now):
+        """Send a request to `worker`, and count it there. `added` goes behind the body's first brace, as splice()
+        has it."""
+        router, decision = self.router, self.decision
+        self.worker = worker
+        self.since = now
+        self.deadline = now + <double>router.runner.legs.first_byte_timeout
+        # As a Seat does.
+        cdef bint first_leg = worker is decision.prefill
+        self.computes = first_leg or decision.prefill is None
+        self.seat_prefill = decision.uncached_tokens if self.computes else 0.0
+        self.seat_kv = self.demand.prompt_tokens + (0 if first_leg else self.demand.output_tokens)
+        self.seated = True
+        worker.leases.add(self)
+        _load(worker.load, 1.0, self.seat_prefill, self.seat_kv)
+        if worker.breaker.avoid_until:
+            worker.breaker.asked(now)
+        if self.computes:
+            worker.queue.began(decision.uncached_tokens, now)
+        _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
+        self.request = (message(before, self.request_id.encode("ascii"), after, body, added, bool(self.given)),)
+        connection = router.pool.take(origin)
+        self.fresh = connection is None
+        if connection is None:
+            self.python().connect(origin)
+        else:
+            self.connection = connection
+            connection.ask(self.request, self)
+
+    # What the connection to the worker says
+
+    def head(self, int status, headers):
+        self.status, self.headers = status, headers
+
+    def feed(self, bytes data):
+        try:
+            if self.streams:
+                self.stream.feed(data)
+                if self.ride is not None and self.stream.steady:
+                    self.ride.board()
+            else:
+                self._take(data, False)
+        except EngineFault as fault:
+            self.python()._broke(fault)
+        except Exception:
+            self.python()._crashed()
+
+    def end(self, bytes last):
+        self.connection = None
+        self._leave_pump()
+        try:
+            self._take(last, True)
+        except EngineFault as fault:
+            self.python()._broke(fault)
+        except Exception:
+            self.python()._crashed()
+
+    cdef _take(self, bytes data, bint last):
+        """A piece of an answer."""
+        worker, decision = self.worker, self.decision
+        if worker is None:
+            return
+        cdef bint first = self.deadline != INFINITY
+        if first:
+            if self.status != 200 or not (worker is decision.prefill or told(self.headers)[0]):
+                self._hand_over(data, last)
+                return
+            self.deadline = INFINITY
+            self.request = ()
+            self._first_byte(worker, decision)
+        if worker is decision.prefill:
+            self._collect(worker, data, last)
+        else:
+            self._pass_on(data, last)
+
+    cdef _hand_over(self, bytes data, bint last):
+        """Whatever this is, a Flight knows."""
+        flight = self.python()
+        if last:
+            flight.end(data)
+        else:
+            flight.feed(data)
+
+    cdef _first_byte(self, worker, decision):
+        """The prompt is computed, or its KV is there."""
+        if worker.breaker.avoid_until:
+            worker.breaker.succeeded()
+        if decision.prefill is not None and worker is not decision.prefill:
+            decision.prefill.breaker.handed_over()
+        if self.seat_prefill:
+            _load(worker.load, 0.0, -self.seat_prefill, 0.0)
+            self.seat_prefill = 0.0
+        if self.computes:
+            self.computes = False
+            now = self.path.loop.time()
+            worker.queue.ended(decision.uncached_tokens, now, now - self.since)
+
+    # The prefill worker's answer
+
+    cdef _collect(self, worker, bytes data, bint last):
+        router, decision = self.router, self.decision
+        if not last or PyBytes_GET_SIZE(data) > PREFILL_ANSWER_MAX or decision.answering.gone:
+            self._hand_over(data, last)
+            return
+        if GIVEN_UP in data:
+            raise given_up()
+        try:
+            body = router.engine.decode_request(self.fields, _decode(data))
+        except (KeyError, AttributeError, msgspec.DecodeError):
+            self.python()._again()
+            return
+        router.metrics.kv_legs.add(_TRANSFERRED)
+        self._leave_worker()
+        self._ask(decision.answering, _encode(body), None, self.path.loop.time())
+
+    # The answer
+
+    cdef _pass_on(self, bytes data, bint last):
+        stream = self.stream
+        if stream is None:
+            stream = self.stream = AnswerStream(
+                self.held.append, self.asked, chat=self.known.chat, on_prompt_ids=self.keep
+            )
+        if last and self.streams:
+            self.exchange.cork()
+        if data:
+            stream.feed(data)
+        if last:
+            stream.end()
+            if stream.has_error:
+                self.python()._pass_on(b"", last=True)
+                return
+        if not self.streams:
+            # An error that comes first can still be another worker's answer.
+            if not self.held and not last:
+                return
+            self._begin(stream, last)
+        elif last:
+            self._leave_worker()
+            self.exchange.finish()
+        if last:
+            self._complete(stream)
+
+    cdef _begin(self, stream, bint last):
+        """The client's answer begins; with its `last` piece it is whole."""
+        exchange, router = self.exchange, self.router
+        self.streams = True
+        self.first_at = self.path.loop.time()
+        _observe(router.metrics.ttft, self.first_at - self.arrived)
+        if not self.first:
+            self.first = True
+            router.admission.computed(self.tokens)
+        exchange.started = True
+        exchange.status = 200
+        exchange._chunked = True
+        cdef bytes text = self.held[0] if len(self.held) == 1 else b"".join(self.held)
+        self.held.clear()
+        cdef bytes sent = b"%b%b\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n%b" % (
+            <bytes>told(self.headers)[1], self.request_id.encode("ascii"), PyBytes_GET_SIZE(text), text,
+            b"0\r\n\r\n" if last else b"",
+        ) if text else b"%b%b\r\ntransfer-encoding: chunked\r\n\r\n%b" % (
+            <bytes>told(self.headers)[1], self.request_id.encode("ascii"), b"0\r\n\r\n" if last else b"",
+        )
+        if last:
+            self._leave_worker()
+            exchange.finished = True
+            exchange.owner = None
+            self.wire.send(sent)
+            exchange._chunks.clear()
+            self.wire.answered(exchange, True)
+            return
+        stream.write_to(exchange.write)
+        self.wire.send(sent)
+        if self.connection is not None:
+            if exchange.congested:
+                self.connection.pause()
+            if self.path.pump is not None:
+                self.ride = Ride(self.path.pump, self.connection, exchange, stream)
+
+    cdef _complete(self, stream):
+        """The client has the whole answer."""
+        self._leave_worker()
+        self._served(stream)
+        self._close()
+        self.router.account.answered(self.known.path, self.exchange.status)
+
+    cdef _served(self, stream):
+        """As Account.served(), Ticket.used() and Ticket.leave()."""
+        router, demand, identity = self.router, self.demand, self.identity
+        account, metrics, admission = router.account, router.metrics, router.admission
+        if self.exchange.status == 200 and self.exchange.finished:
+            _observe(metrics.latency, <double>self.path.loop.time() - self.arrived)
+        cdef long long prompt, cached, completion
+        counted = _counts(stream.usage)
+        gap = inter_token(stream, self.first_at) if stream.events > 1 else None
+        if counted is None or gap is not None:
+            usage = Usage.of(stream.usage)
+            account.counted(identity.name, demand, gap, usage, self.decision)
+            if usage is None:
+                # As Ticket._guess().
+                prompt, cached = demand.prompt_tokens, 0
+                completion = <long long>self.cost - prompt
+            else:
+                prompt, cached, completion = usage.prompt_tokens, usage.cached_tokens or 0, usage.completion_tokens
+        else:
+            prompt, cached, completion = counted[0], 0, counted[1]
+            account.brief(identity.name, demand, prompt, completion, self.decision.cached_tokens)
+        add(admission.kv, -self.cost)
+        cdef double tokens = prompt + completion
+        admission.queue.charge(identity.key, identity.weight, tokens - self.cost)
+        if self.key is not None:
+            self.key.give_back(self.cost, tokens)
+        admission.meter.count(
+            identity, self.model, prompt_tokens=prompt, cached_tokens=cached, completion_tokens=completion
+        )
+        if admission.queue.waiting:
+            admission.dispatch()
+
+    def keep(self, ids):
+        """May the ids of the prompt be kept?"""
+        size = self.router.runner.keep(self.demand, ids)
+        self.kept += size
+        return size > 0
+
+    # What others say
+
+    def flow(self, paused):
+        if self.connection is not None:
+            if paused:
+                self.connection.pause()
+            else:
+                self.connection.resume()
+
+    def fail(self, error):
+        self.python().fail(error)
+
+    def client_gone(self):
+        self.python().client_gone()
+
+    def abort(self, reason):
+        """The worker was taken out of rotation, or no longer answers."""
+        self.python().abort(reason)
+
+    def expire(self):
+        """No byte came in time."""
+        self.python().expire()
+
+    cdef _leave_pump(self):
+        ride, self.ride = self.ride, None
+        if ride is not None:
+            ride.end()
+
+    cdef _leave_worker(self):
+        worker, self.worker = self.worker, None
+        if worker is None or not self.seated:
+            return
+        self.deadline = INFINITY
+        self.seated = False
+        worker.leases.discard(self)
+        _load(worker.load, -1.0, -self.seat_prefill, -self.seat_kv)
+
+    cdef _close(self):
+        """It is over: give back what it held."""
+        router = self.router
+        self.ended = True
+        self.stream = None  # it knows us: a cycle that would wait for the collector
+        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.body))
+        if self.kept:
+            router.runner.forget(self.kept)
+        _observe(router.metrics.decision, self.decision.seconds)
+        router.ring.put(
+            self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,
+            (self.decision,),
+        )
+        self.path.flights.discard(self)
+        router.ended()
+
+    cdef python(self):
+        """From here on a Flight in the same state is what this was, for everybody who knows it."""
+        if self.flight is not None:
+            return self.flight
+        router, decision, worker = self.router, self.decision, self.worker
+        ticket = Ticket(router.admission, self.identity, self.demand, self.model, True)
+        ticket.arrived = self.arrived
+        ticket.prefill = self.tokens
+        ticket._first = self.first
+        ticket._key = self.key
+        call = Call(
+            exchange=self.exchange, route=self.known.route, request_id=self.request_id, arrived=self.arrived,
+            body=self.body, fields=self.given, model=self.model, streams=True, serving=self.serving,
+            job_key=router.config.job_key, user=self.identity.name,
+        )
+        call.ticket = ticket
+        if decision is not None:
+            call.decisions.append(decision)
+        flight = self.flight = Flight(self.path, call, self.demand, self.asked, ticket, self.prefill)
+        if self.fields is not None:
+            flight._fields = self.fields
+        flight._decision, flight._worker, flight._connection = decision, worker, self.connection
+        flight._fresh, flight._request, flight._computes = self.fresh, self.request, self.computes
+        flight._status, flight._headers = self.status, self.headers
+        flight._held, flight._stream, flight._streams = self.held, self.stream, self.streams
+        flight._first_at, flight._kept, flight._ride = self.first_at, self.kept, self.ride
+        flight.since, flight.deadline, flight._ended = self.since, self.deadline, self.ended
+        if self.seated:
+            seat = flight._seat = Seat(worker, self.demand, decision)
+            seat._running, seat.since, seat._prefill_tokens = flight, self.since, self.seat_prefill
+            worker.leases.discard(self)
+            worker.leases.add(flight)
+        if self.stream is not None:
+            self.stream.prompt_ids_to(flight.keep)
+        self.path.flights.discard(self)
+        self.path.flights.add(flight)
+        if self.exchange.owner is self:
+            self.exchange.owner = flight
+        if self.connection is not None and self.connection.reader is self:
+            self.connection.hand_over(flight)
+        self.worker = self.connection = self.stream = self.ride = None
+        return flight

@@ -1,0 +1,20 @@
+cdef class Known:
+    cdef readonly object route
+    cdef readonly str path
+    cdef readonly str target
+    cdef readonly list headers
+    cdef readonly dict named
+    cdef readonly str session
+    cdef readonly bint chat
+    cdef readonly bint plain
+    cdef ssize_t length_at
+    cdef object good
+    cdef object identity
+    cdef dict legs
+
+    cdef tuple leg(self, worker, job_key, bint encoded)
+
+
+cdef add(cell, double amount)
+cdef tuple told(headers)
+cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more)

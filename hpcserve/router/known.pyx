@@ -1,0 +1,118 @@
+# cython: language_level=3
+"""Heads as the compiled way keeps them: what a client's says, and what of heads goes on to engines and to clients.
+
+All of it is made by the functions of `call.py` and `http/client.py`, once for each head and worker; a request then
+only puts its id, its length and its body in between.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.string cimport memcpy
+
+from ..http import client
+from ..http.heads import Headers
+from .board import Cell
+from .call import for_client, for_engine
+from .relay import is_stream
+from .routes import CHAT
+
+cdef extern from *:
+    """
+    #ifndef HPCSERVE_SOURCE
+    #define HPCSERVE_SOURCE ""
+    #endif
+    """
+    const char *HPCSERVE_SOURCE
+
+SOURCE = HPCSERVE_SOURCE.decode()
+"""SHA-256 of the files this was compiled from."""
+
+cdef enum:
+    MOST_LEGS = 256
+
+
+cdef class Known:
+    """What a client's head says, read once: requests with the same head share it."""
+
+    def __init__(self, route, exchange):
+        self.route = route
+        self.path = exchange.path
+        self.target = exchange.target
+        self.headers = exchange.headers
+        self.named = dict(reversed(exchange.headers))
+        self.length_at = -1
+        for at, (name, _) in enumerate(exchange.headers):
+            if name == b"content-length":
+                self.length_at = at
+        self.chat = route is CHAT
+        # Others' demand is for `prompt.py` to read.
+        form = self.named.get(b"content-type", b"").startswith(b"multipart/")
+        self.plain = not form and b"x-hpcserve-priority" not in self.named and b"x-session-id" not in self.named
+        self.good = self.identity = None
+        self.legs = {}
+
+    def header(self, bytes name):
+        """As an Exchange has it."""
+        return self.named.get(name)
+
+    cdef tuple leg(self, worker, job_key, bint encoded):
+        """Where requests to `worker` go, and their heads: up to the request's id, and from there to the length."""
+        found = self.legs.get((worker.name, encoded))
+        if found is not None and found[0] is worker:
+            return found
+        headers = for_engine(self.headers, b"@", job_key, encoded=encoded)
+        origin, host, target = client.split(worker.url + self.target)
+        [head] = client.encode("POST", host, target, [*headers, *worker.headers], None)
+        before, mark, after = head[:-4].partition(b"\r\nx-request-id: @")
+        found = (worker, origin, before + mark[:-1], after + b"\r\ncontent-length: ")
+        if len(self.legs) >= MOST_LEGS:
+            self.legs.clear()
+        self.legs[worker.name, encoded] = found
+        return found
+
+
+cdef add(cell, double amount):
+    """As Cell.add(), without a call where one process has all of it."""
+    if type(cell) is Cell:
+        cell.total = <double>cell.total + amount
+    else:
+        cell.add(amount)
+
+
+cdef tuple told(headers):
+    """Of an engine's headers: are they those of a stream; and the client's head, up to the request's id."""
+    found = headers.told if type(headers) is Headers else None
+    if found is None:
+        lines = [b"HTTP/1.1 200 OK", *map(b": ".join, for_client(headers)), b"x-request-id: "]
+        head = b"\r\n".join(lines)
+        if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
+            raise ValueError("a response header has a line break in it")
+        found = (is_stream(200, headers), head)
+        if type(headers) is Headers:
+            headers.told = found
+    return found
+
+
+cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more):
+    """A request on the wire, copied together once. `added` is put into the body, which has `more` members."""
+    cdef ssize_t size = PyBytes_GET_SIZE(body), brace = 0
+    if added is not None:
+        brace = body.index(b"{") + 1
+        if more:
+            added = added + b","
+        size += PyBytes_GET_SIZE(added)
+    cdef bytes length = b"%d\r\n\r\n" % size
+    cdef tuple parts = (before, given, after, length)
+    cdef bytes part
+    for part in parts:
+        size += PyBytes_GET_SIZE(part)
+    cdef bytes whole = PyBytes_FromStringAndSize(NULL, size)
+    cdef char *to = PyBytes_AS_STRING(whole)
+    for part in parts:
+        memcpy(to, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+        to += PyBytes_GET_SIZE(part)
+    if added is not None:
+        memcpy(to, PyBytes_AS_STRING(body), brace)
+        memcpy(to + brace, PyBytes_AS_STRING(added), PyBytes_GET_SIZE(added))
+        to += brace + PyBytes_GET_SIZE(added)
+    memcpy(to, PyBytes_AS_STRING(body) + brace, PyBytes_GET_SIZE(body) - brace)
+    return whole
