@@ -65,7 +65,7 @@ class Transport:
 def answer(size: int) -> bytes:
     """What the mock engine of `hpcserve bench router` answers: one token, all in one piece."""
     tokens = max(1, size // 6)
-    first, _, last = _chunks(True, True)
+    first, _, last = _chunks(True, True, sglang=False)
     first = first.replace(b"@PROMPT@", b"[" + b"128000," * (tokens - 1) + b"128000]")
     usage = b'"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":1}' % (tokens, tokens + 1)
     tail = b'data: {"id":"cmpl-0","object":"x","created":1,"model":"mock","choices":[],' + usage + b"}\n\n"
