@@ -124,7 +124,7 @@ class Pool:
             connection.abort()
             return
         now = asyncio.get_running_loop().time()
-        while idle and (not idle[0].usable or idle[0].idle_since <= now - self._idle_timeout):
+        while idle and idle[0].idle_since <= now - self._idle_timeout:
             idle.popleft().abort()
         connection.idle_since = now
         idle.append(connection)

@@ -339,7 +339,7 @@ class Connection(asyncio.Protocol):
             self._end()
         elif self._write_waiter is None:
             self._await_next()
-        if not self._pending:
+        if self._reading_paused and not self._pending:
             self._resume_reading()
 
     def _await_next(self) -> None:

@@ -228,6 +228,12 @@ class Exchange:
             self._wire.stop_body()
             self._wake()
 
+    def came(self, body: bytes) -> None:
+        """The whole body came with the head, before anybody waited for it (called by the connection)."""
+        self._chunks = [body]
+        self._size = len(body)
+        self._complete = True
+
     def complete(self) -> None:
         """The request is whole (called by the connection)."""
         self._complete = True

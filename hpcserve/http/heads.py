@@ -51,8 +51,7 @@ def whole(wire: Wire, peer: str, target: str, path: str, headers: list[Header], 
         wire, method="POST", target=target, path=path, headers=headers, peer=peer, minor=1, keep=True,
         declared=len(body), expects_continue=False,
     )  # fmt: skip
-    exchange.feed(body)
-    exchange.complete()
+    exchange.came(body)
     return exchange
 
 

@@ -263,7 +263,8 @@ class UpstreamConnection(asyncio.Protocol):
     def _finish(self, last: bytes) -> None:
         reader, self._reader = self._reader, None
         if self._keep and self.usable:
-            self.resume()
+            if self._paused:
+                self.resume()
             self._pool.put(self, self._origin)
         else:
             self.abort()

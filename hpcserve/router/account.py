@@ -47,19 +47,20 @@ class Account:
 
     def answered(self, route: str, status: int) -> None:
         """A request has ended, in whatever way; 499 where the client left before there was a status."""
+        self.answers(route, status).value += 1
+
+    def answers(self, route: str, status: int) -> Child:
+        """The figure that `answered()` counts, to keep."""
         child = self._requests.get((route, status))
         if child is None:
             child = self._metrics.requests.child(("route", route), ("status", str(status)))
             self._requests[route, status] = child
-        child.value += 1
+        return child
 
     def let_in(self, ticket: Ticket, name: str) -> None:
-        self.entered(name, ticket.waited)
-
-    def entered(self, name: str, waited: float) -> None:
         """A request of the key called `name` was let in."""
-        self._metrics.queue.observe(waited)
-        self._key(name).requests.value += 1
+        self._metrics.queue.observe(ticket.waited)
+        self.key(name).requests.value += 1
 
     def served(
         self,
@@ -102,27 +103,18 @@ class Account:
         self._generated.value += usage.completion_tokens
         if decision is not None:
             self._predicted.value += min(decision.cached_tokens, usage.prompt_tokens)
-        key = self._key(user)
+        key = self.key(user)
         key.prompt.value += usage.prompt_tokens
         key.cached.value += cached
         key.completion.value += usage.completion_tokens
-
-    def brief(self, user: str, demand: Demand, prompt: int, completion: int, predicted: int) -> None:
-        """`counted()` of an answer in one event, whose engine does not say what was cached."""
-        self._prompts.learn(demand, prompt, completion)
-        self._prompt.value += prompt
-        self._generated.value += completion
-        self._predicted.value += min(predicted, prompt)
-        key = self._key(user)
-        key.prompt.value += prompt
-        key.completion.value += completion
 
     def placed(self, call: Call) -> None:
         """A request has ended: what its placements took."""
         for decision in call.decisions:
             self._metrics.decision.observe(decision.seconds)
 
-    def _key(self, name: str) -> _Key:
+    def key(self, name: str) -> _Key:
+        """Its figures, to keep."""
         key = self._keys.get(name)
         if key is None:
             if len(self._keys) >= _KEYS:

@@ -225,7 +225,8 @@ class Router:
     def began(self) -> None:
         """One more request is in flight."""
         self.in_flight += 1
-        self.idle.clear()
+        if self.in_flight == 1:
+            self.idle.clear()
 
     def ended(self) -> None:
         self.in_flight -= 1

@@ -13,6 +13,7 @@ cdef class Express:
     cdef dict given
     cdef str model
     cdef object serving
+    cdef object answering
     cdef object prefill
     cdef object identity
     cdef object key
@@ -56,6 +57,7 @@ cdef class Express:
     cdef _pass_on(self, bytes data, bint last)
     cdef _begin(self, stream, bint last)
     cdef _complete(self, stream)
+    cdef _computed(self, admission)
     cdef _served(self, stream)
     cdef _leave_worker(self)
     cdef _leave_pump(self)

@@ -24,7 +24,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport Known, add, message, told
+from .known cimport Known, add, charge, message, observe, told
 
 cdef extern from *:
     """
@@ -64,17 +64,9 @@ cdef _load(load, double in_flight, double prefill_tokens, double kv_tokens):
     load.kv_tokens = <double>load.kv_tokens + kv_tokens
 
 
-cdef _observe(histogram, double value):
-    """As Histogram.observe()."""
-    cdef ssize_t at = 0
-    cdef double bound
-    for bound in <tuple>histogram.bounds:
-        if value <= bound:
-            break
-        at += 1
-    cdef list counts = histogram.counts
-    counts[at] = counts[at] + 1
-    histogram.sum = histogram.sum + value
+cdef _grow(child, long long by):
+    """As Child.inc()."""
+    child.value = <object>child.value + by
 
 
 cdef class Express:
@@ -88,7 +80,11 @@ cdef class Express:
 
     cdef start(self):
         """Choose workers, and ask the first."""
-        self.router.began()
+        router = self.router
+        cdef long running = router.in_flight + 1
+        router.in_flight = running
+        if running == 1:
+            router.idle.clear()
         self.exchange.owner = self
         self.path.flights.add(self)
         try:
@@ -100,7 +96,7 @@ cdef class Express:
         router, demand = self.router, self.demand
         cdef double now = self.arrived
         decision = self.decision = router.placer.place(
-            demand, answering=self.serving.answering, prefill=self.prefill, now=now
+            demand, answering=self.answering, prefill=self.prefill, now=now
         )
         assert decision is not None
         router.placer.placed(decision, demand, now)
@@ -273,10 +269,10 @@ cdef class Express:
         exchange, router = self.exchange, self.router
         self.streams = True
         self.first_at = self.path.loop.time()
-        _observe(router.metrics.ttft, self.first_at - self.arrived)
+        observe(router.metrics.ttft, self.first_at - self.arrived)
         if not self.first:
             self.first = True
-            router.admission.computed(self.tokens)
+            self._computed(router.admission)
         exchange.started = True
         exchange.status = 200
         exchange._chunked = True
@@ -309,14 +305,24 @@ cdef class Express:
         self._leave_worker()
         self._served(stream)
         self._close()
-        self.router.account.answered(self.known.path, self.exchange.status)
+        answers = self.known.answers
+        if answers is None:
+            answers = self.known.answers = self.router.account.answers(self.known.path, 200)
+        answers.value += 1
+
+    cdef _computed(self, admission):
+        """As Admission.computed()."""
+        add(admission.prefill, -self.tokens)
+        add(admission._computed, self.tokens)
+        if admission.queue.waiting:
+            admission.dispatch()
 
     cdef _served(self, stream):
         """As Account.served(), Ticket.used() and Ticket.leave()."""
         router, demand, identity = self.router, self.demand, self.identity
         account, metrics, admission = router.account, router.metrics, router.admission
         if self.exchange.status == 200 and self.exchange.finished:
-            _observe(metrics.latency, <double>self.path.loop.time() - self.arrived)
+            observe(metrics.latency, <double>self.path.loop.time() - self.arrived)
         cdef long long prompt, cached, completion
         counted = _counts(stream.usage)
         gap = inter_token(stream, self.first_at) if stream.events > 1 else None
@@ -331,10 +337,17 @@ cdef class Express:
                 prompt, cached, completion = usage.prompt_tokens, usage.cached_tokens or 0, usage.completion_tokens
         else:
             prompt, cached, completion = counted[0], 0, counted[1]
-            account.brief(identity.name, demand, prompt, completion, self.decision.cached_tokens)
+            # As Account.counted(), of an answer in one event whose engine does not say what was cached.
+            account._prompts.learn(demand, prompt, completion)
+            figures = self.known.figures
+            _grow(account._prompt, prompt)
+            _grow(account._generated, completion)
+            _grow(account._predicted, min(<long long>self.decision.cached_tokens, prompt))
+            _grow(figures.prompt, prompt)
+            _grow(figures.completion, completion)
         add(admission.kv, -self.cost)
         cdef double tokens = prompt + completion
-        admission.queue.charge(identity.key, identity.weight, tokens - self.cost)
+        charge(admission.queue, identity, tokens - self.cost)
         if self.key is not None:
             self.key.give_back(self.cost, tokens)
         admission.meter.count(
@@ -394,13 +407,16 @@ cdef class Express:
         router.admission.bodies.give_back(PyBytes_GET_SIZE(self.body))
         if self.kept:
             router.runner.forget(self.kept)
-        _observe(router.metrics.decision, self.decision.seconds)
+        observe(router.metrics.decision, self.decision.seconds)
         router.ring.put(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,
             (self.decision,),
         )
         self.path.flights.discard(self)
-        router.ended()
+        cdef long running = router.in_flight - 1
+        router.in_flight = running
+        if running == 0:
+            router.idle.set()
 
     cdef python(self):
         """From here on a Flight in the same state is what this was, for everybody who knows it."""

@@ -10,11 +10,15 @@ cdef class Known:
     cdef ssize_t length_at
     cdef object good
     cdef object identity
+    cdef object figures
+    cdef object answers
     cdef dict legs
 
     cdef tuple leg(self, worker, job_key, bint encoded)
 
 
 cdef add(cell, double amount)
+cdef charge(queue, identity, double cost)
+cdef observe(histogram, double value)
 cdef tuple told(headers)
 cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more)

@@ -47,7 +47,7 @@ cdef class Known:
         # Others' demand is for `prompt.py` to read.
         form = self.named.get(b"content-type", b"").startswith(b"multipart/")
         self.plain = not form and b"x-hpcserve-priority" not in self.named and b"x-session-id" not in self.named
-        self.good = self.identity = None
+        self.good = self.identity = self.figures = self.answers = None
         self.legs = {}
 
     def header(self, bytes name):
@@ -76,6 +76,27 @@ cdef add(cell, double amount):
         cell.total = <double>cell.total + amount
     else:
         cell.add(amount)
+
+
+cdef charge(queue, identity, double cost):
+    """As FairQueue.charge()."""
+    cdef dict charges = queue._charges
+    key = identity.key
+    charged = charges.get(key)
+    charges[key] = (0.0 if charged is None else <double>charged) + cost / <double>identity.weight
+
+
+cdef observe(histogram, double value):
+    """As Histogram.observe()."""
+    cdef ssize_t at = 0
+    cdef double bound
+    for bound in <tuple>histogram.bounds:
+        if value <= bound:
+            break
+        at += 1
+    cdef list counts = histogram.counts
+    counts[at] = counts[at] + 1
+    histogram.sum = <double>histogram.sum + value
 
 
 cdef tuple told(headers):

@@ -21,10 +21,11 @@ from .disaggregated import needs_local_prefill
 from .keys.identity import BATCH, INTERACTIVE, NO_LIMITS
 from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM, chain
 from .routes import CHAT, COMPLETIONS
-from .stream.asked import ask, count
+from .admission.budgets import NEWEST
+from .stream.asked import ABOUT, USUAL, ask, count
 
 from .express cimport Express
-from .known cimport Known, add
+from .known cimport Known, add, charge, observe
 
 cdef extern from *:
     """
@@ -49,10 +50,12 @@ cdef frozenset _NOT_KEPT = frozenset(
 )
 cdef bytes _random = b""
 cdef ssize_t _next_id = 0
+cdef double _newest = NEWEST
 cdef ssize_t _chunk = CHUNK, _probe = PROBE, _probe_every = PROBE_EVERY
 cdef enum:
     RANDOM = 4096  # bytes that are asked for at once
     MOST_DIGITS = 15
+    MOST_MEANT = 256
 
 
 cdef str new_id():
@@ -143,18 +146,38 @@ cdef bint _may_hold_base64(const char *text, ssize_t size) noexcept:
     return False
 
 
+cdef class Meant:
+    """What a model's name means to `Models`, as long as the table of workers is the same."""
+
+    cdef str name
+    cdef object serving
+    cdef bint disaggregated
+    cdef list answering
+    cdef object prefill
+
+
 cdef class Lane:
     """One per FastPath."""
 
     cdef object _path
     cdef object _router
     cdef object _heads
+    cdef frozenset _refused
+    cdef bint _names_in_chat
+    cdef bint _names_in_text
+    cdef dict _meant
+    cdef object _version
 
     def __init__(self, path, heads):
         """`heads` are those that clients have sent."""
         self._path = path
         self._router = path.router
         self._heads = heads
+        engine = path.router.engine
+        self._refused = frozenset(engine.router_members)
+        self._names_in_chat, self._names_in_text = engine.names_tokens(chat=True), engine.names_tokens(chat=False)
+        self._meant = {}
+        self._version = None
 
     def whole(self, wire, data):
         """`data` is what a client sent next: answer it, if it is one request with a head that is known; False:
@@ -234,29 +257,32 @@ cdef class Lane:
         if known.good is not good or known.identity is None:
             known.identity = router.keyring.identify(known)
             known.good = router.keyring._good
+            known.figures = router.account.key(known.identity.name)
         identity = known.identity
         cdef dict fields = _members(body)
-        if not self._usual(fields) or not fields.keys().isdisjoint(engine.router_members):
+        if not self._usual(fields) or (self._refused and not self._refused.isdisjoint(fields)):
             return None
         raw = fields.get("model")
         model = None if raw is None else _decode(raw)
         if model is not None and not isinstance(model, str):
             return None
         limits = identity.limits
-        name, serving = router.models.serving(model, limits.models)
+        cdef Meant meant = self._means(model, limits)
         if limits.models is not None:
-            identity.check_model(name)
-        if not serving.answering:
+            identity.check_model(meant.name)
+        if not meant.answering:
             return None
-        prefill = ()
-        if serving.disaggregated:
-            prefill = serving.with_role("prefill")
-            if engine.paired or not prefill or needs_local_prefill(fields) is not None:
-                return None
-        asked = ask(fields) if engine.names_tokens(chat=known.chat) else count(fields)
-        demand = self._demand(known, body, fields, model or "", serving)
+        if meant.disaggregated and (
+            engine.paired or not meant.prefill or needs_local_prefill(fields) is not None
+        ):
+            return None
+        if not (self._names_in_chat if known.chat else self._names_in_text):
+            asked = count(fields)
+        else:
+            asked = USUAL if ABOUT.isdisjoint(fields) else ask(fields)
+        demand = self._demand(known, body, fields, model or "", meant.serving)
         if router.runner.end_time is not None:
-            router.runner.check_walltime(Asking(body, fields, known, serving), demand)
+            router.runner.check_walltime(Asking(body, fields, known, meant.serving), demand)
         bodies = admission.bodies
         if not bodies.take(size):
             return None
@@ -270,14 +296,35 @@ cdef class Lane:
         if not entered:
             return None
         flight.path, flight.router, flight.known, flight.body = self._path, router, known, body
-        flight.given, flight.model, flight.serving, flight.prefill = fields, name, serving, prefill
+        flight.given, flight.model, flight.serving = fields, meant.name, meant.serving
+        flight.answering, flight.prefill = meant.answering, meant.prefill
         flight.asked = asked
         flight.held = []
         flight.request = ()
         flight.headers = ()
         flight.deadline = INFINITY
-        router.account.entered(identity.name, 0.0)
+        # As Account.let_in().
+        observe(router.metrics.queue, 0.0)
+        known.figures.requests.value += 1
         return flight
+
+    cdef Meant _means(self, model, limits):
+        """As Models.serving(). Raises HttpError."""
+        table = self._router.table
+        if self._version != table.version:
+            self._meant.clear()
+            self._version = table.version
+        cdef Meant meant = self._meant.get(model)
+        if meant is None:
+            meant = Meant()
+            meant.name, meant.serving = self._router.models.serving(model, limits.models)
+            meant.disaggregated = meant.serving.disaggregated
+            meant.answering = meant.serving.answering
+            meant.prefill = meant.serving.with_role("prefill") if meant.disaggregated else ()
+            if len(self._meant) >= MOST_MEANT:
+                self._meant.clear()
+            self._meant[model] = meant
+        return meant
 
     cdef bint _usual(self, dict fields) except -1:
         """As `fast_path.usual()`."""
@@ -299,11 +346,14 @@ cdef class Lane:
     cdef bint _enter(self, Express flight, identity, demand) except -1:
         """As Ticket.enter(). Raises HttpError 403 and 429 for its key's limits."""
         admission = self._router.admission
-        loop = admission.loop()
-        cdef double now = loop.time(), cost, tokens
+        loop = admission._loop
+        if loop is None:
+            loop = admission.loop()
+        cdef double now = loop.time(), cost, tokens, mean
         if now >= <double>admission._next_look:
             admission.look(now)
-        if admission.queue.waiting_anywhere:
+        queue, budgets = admission.queue, admission.budgets
+        if queue.waiting or <double>queue._everywhere.total > 0.0:
             return False
         flight.arrived = now
         flight.identity = identity
@@ -314,8 +364,12 @@ cdef class Lane:
             return False
         if identity.limits is not NO_LIMITS:
             flight.key = admission.quota.take(identity, cost, now)
-        admission.queue.charge(identity.key, identity.weight, cost)
-        admission.budgets.seen(tokens, cost)
+        charge(queue, identity, cost)
+        # As Budgets.seen(); each prompt has at least one token.
+        mean = budgets.prompt_tokens
+        budgets.prompt_tokens = mean + _newest * (tokens - mean)
+        mean = budgets.tokens
+        budgets.tokens = mean + _newest * (cost - mean)
         add(admission.prefill, tokens)
         add(admission.kv, cost)
         return True

@@ -26,7 +26,7 @@ _LEAST = 2.0
 """Requests in a sample: of long prompts not one may end in a whole window, and that is no pace of zero."""
 _LONGEST = 60.0
 """Seconds that a window is stretched to for these."""
-_NEWEST = 0.02
+NEWEST = 0.02
 """Weight of one request in the means."""
 _DOUBTED = 30.0
 """Seconds without a full queue after which the pace of then is no upper bound any more."""
@@ -90,8 +90,8 @@ class Budgets:
 
     def seen(self, prompt_tokens: float, tokens: float) -> None:
         """A request's prompt, and prompt and answer, as estimated."""
-        self.prompt_tokens += _NEWEST * (max(prompt_tokens, 1.0) - self.prompt_tokens)
-        self.tokens += _NEWEST * (max(tokens, 1.0) - self.tokens)
+        self.prompt_tokens += NEWEST * (max(prompt_tokens, 1.0) - self.prompt_tokens)
+        self.tokens += NEWEST * (max(tokens, 1.0) - self.tokens)
 
     def look(self, computing: Sequence[Worker], answering: Sequence[Worker]) -> None:
         """Take over what is known about the workers, and the pace."""

@@ -8,6 +8,7 @@ taken from `cost.py` when this is imported.
 from libc.math cimport exp
 
 from . import cost
+from ..board import Load
 from .choice import Choice
 from .pool import MEMORY
 from .scores import lowest
@@ -51,7 +52,11 @@ cdef _refresh(pool, double mean_uncached, double now):
     cdef ssize_t at = 0, working = 0
     cdef list reads = pool.reads
     for worker in <list>pool.workers:
-        streams, queued, kv_tokens = worker.load.read()
+        load = worker.load
+        if type(load) is Load:
+            streams, queued, kv_tokens = load.in_flight, load.prefill_tokens, load.kv_tokens
+        else:
+            streams, queued, kv_tokens = load.read()
         rate = worker.rates.prefill
         waits = 0.0
         if queued > 0.0:
@@ -133,7 +138,7 @@ def choose(demand, list answering, view):
     if session >= 0:
         seconds = costs[session]
         costs[session] = seconds - SESSION * <long long>uncached[session] / <double>workers[session].rates.prefill
-    cdef list best = lowest(costs)
+    cdef list best = lowest(costs) if size > 2 else [0, 1] if <double>costs[0] <= <double>costs[1] else [1, 0]
     readings = []
     for place in best:
         best_at = place

@@ -32,6 +32,7 @@ SOURCE = HPCSERVE_SOURCE.decode()
 cdef object _decode = msgspec.json.Decoder().decode
 cdef object _decode_chunk = msgspec.json.Decoder(Chunk).decode
 cdef object _encode = msgspec.json.Encoder().encode
+cdef tuple _IN_CHAT = marks_of(True), _IN_TEXT = marks_of(False)
 cdef bytes _DONE = b"data: [DONE]\n\n"
 
 
@@ -97,7 +98,7 @@ cdef class AnswerStream:
         self._on_prompt_ids = on_prompt_ids
         self._keep_ids = self.wants_ids = asked.wants_ids
         self.wants_usage = asked.wants_usage
-        self._mark, self._close = marks_of(chat)
+        self._mark, self._close = _IN_CHAT if chat else _IN_TEXT
         self._held = None
         self.chat = chat
         self.head = b""

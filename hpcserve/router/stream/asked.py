@@ -16,7 +16,7 @@ Fields = dict[str, Any]
 
 ADDED = {"return_token_ids": True, "stream_options": {"include_usage": True}}
 ADDED_BYTES = msgspec.json.encode(ADDED)[1:-1]
-_ABOUT = frozenset({"return_token_ids", "stream_options", "tools", "echo"})
+ABOUT = frozenset({"return_token_ids", "stream_options", "tools", "echo"})
 """Members that change what is added."""
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -34,7 +34,7 @@ class Asked:
     added: Mapping[str, Any] = field(default_factory=dict)
 
 
-_USUAL = Asked(wants_ids=False, wants_usage=False, added=ADDED)
+USUAL = Asked(wants_ids=False, wants_usage=False, added=ADDED)
 
 
 def fields(body: bytes) -> Fields:
@@ -51,8 +51,8 @@ def value(given: Fields, name: str) -> Any:
 
 def ask(given: Fields) -> Asked:
     """What to add to a stream's request so that the engine names and counts its tokens."""
-    if _ABOUT.isdisjoint(given):
-        return _USUAL
+    if ABOUT.isdisjoint(given):
+        return USUAL
     added: dict[str, Any] = {}
     wants_ids = value(given, "return_token_ids") is True
     options = value(given, "stream_options")

@@ -128,10 +128,6 @@ async def outcome(bench: Bench, scenario: str) -> dict[str, Any]:
     for stub in answering:
         stub.behave = behave
     answers = []
-    charged: list[float] = []
-    queue = bench.router.admission.queue
-    charge = queue.charge
-    queue.charge = lambda flow, weight, cost: (charged.append(cost), charge(flow, weight, cost))  # type: ignore
     for one in bodies:
         try:
             status, headers, data = await bench.ask(f"/v1/{path}", one, content_type="application/json")
@@ -161,10 +157,13 @@ async def outcome(bench: Bench, scenario: str) -> dict[str, Any]:
         for entry in router.ring.find(limit=100)
     ]
     learned = [(m.ratio, m.answer, m.prompts, m.answers) for m in router.prompts._models.values()]
+    queue = router.admission.queue
+    queue.settle()
+    charged = {name: cell.total for name, cell in queue._services.items()}
     return {
         "answers": answers, "seen": seen, "figures": figures, "counts": counts, "decisions": decisions,
         "meter": router.meter.take(), "learned": learned, "requests": router.requests,
-        "charged": sum(charged), "budgets": vars(router.admission.budgets)["prompt_tokens"],
+        "charged": charged, "budgets": vars(router.admission.budgets)["prompt_tokens"],
     }  # fmt: skip
 
 

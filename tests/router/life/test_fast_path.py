@@ -201,7 +201,8 @@ async def test_a_fault_before_the_request_was_let_in_is_a_tasks_to_tell(start, m
     bench = await start("aggregated-0")
     monkeypatch.setattr(fast_path, "ask", lambda fields: 1 / 0)
     monkeypatch.setattr(compiled("router.lane", "a test"), "ask", lambda fields: 1 / 0)
-    assert (await bench.ask("/v1/completions", STREAM))[0] == 200
+    asks = STREAM | {"stream_options": {"include_usage": True}}
+    assert (await bench.ask("/v1/completions", asks))[0] == 200
     assert "the fast path failed" in caplog.text
     await until(lambda: idle(bench), "the end of all bookkeeping")
 
