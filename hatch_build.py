@@ -23,6 +23,7 @@ MODULES = (
     "hpcserve.router.placement.lowest",
     "hpcserve.router.stream.answer",
     "hpcserve.router.stream.pump",
+    "hpcserve.router.stream.shapes",
 )
 
 

@@ -11,6 +11,7 @@ from libc.string cimport memchr, memcmp
 import msgspec
 
 from .events import HELD_MAX, Held
+from .shapes cimport Last, head_end, last, usage
 from .generated import (
     SGLANG_CHAT_TEXT, Chunk, EngineFault, fault_of, given_up, loosely, marks_of, without_ids,
 )
@@ -33,7 +34,17 @@ cdef object _decode = msgspec.json.Decoder().decode
 cdef object _decode_chunk = msgspec.json.Decoder(Chunk).decode
 cdef object _encode = msgspec.json.Encoder().encode
 cdef tuple _IN_CHAT = marks_of(True), _IN_TEXT = marks_of(False)
+cdef dict _quiet_chats = {}, _quiet_texts = {}
+"""Events that only open an answer, from behind their heads on: they were parsed once, and say no more."""
 cdef bytes _DONE = b"data: [DONE]\n\n"
+
+
+cdef enum:
+    LONGEST_QUIET = 512
+    MOST_QUIET = 64
+    OTHER = 0
+    USED = 1
+    ENDED = 2
 
 
 cdef ssize_t _find(const char *text, ssize_t start, ssize_t stop, const char *mark, ssize_t size) noexcept:
@@ -218,9 +229,15 @@ cdef class AnswerStream:
 
     cdef bytes _unusual(self, bytes data, ssize_t start, ssize_t end):
         cdef const char *text = PyBytes_AS_STRING(data)
-        cdef bytes event
-        cdef ssize_t at, close
+        cdef bytes event, quiet = None
+        cdef ssize_t at, close, head
         self.steady = False
+        cdef int known = self._known(text + start, end - start)
+        if known == USED:
+            return data[start:end] if self.wants_usage else b""
+        if known == ENDED:
+            event = data[start:end]
+            return event if self._keep_ids else without_ids(event)
         if end - start < 7 or memcmp(text + start, b"data: {", 7) != 0:
             event = PyBytes_FromStringAndSize(text + start, end - start)
             if not event.startswith(b"data:"):
@@ -241,6 +258,13 @@ cdef class AnswerStream:
                 event = data[start:end]
             else:
                 event = data[start:at + 19] + b"null" + data[close + 1 if close >= 0 else start:end]
+        head = head_end(PyBytes_AS_STRING(event), PyBytes_GET_SIZE(event))
+        if 0 < head and PyBytes_GET_SIZE(event) - head <= LONGEST_QUIET:
+            quiet = event[head:]
+            if quiet in (_quiet_chats if self.chat else _quiet_texts):
+                self._open(event)
+                self.introduced = True
+                return event
         try:
             chunk = _decode_chunk(PyBytes_FromStringAndSize(PyBytes_AS_STRING(event) + 5, PyBytes_GET_SIZE(event) - 5))
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -248,6 +272,7 @@ cdef class AnswerStream:
             if chunk is None:
                 self.introduced, self.plain = True, False
                 return event
+            quiet = None
         if chunk.error is not None:
             fault = fault_of(chunk.error, event)
             if fault.status >= 500:
@@ -260,10 +285,9 @@ cdef class AnswerStream:
                 self.usage = chunk.usage
                 return event if self.wants_usage else b""
             return event
-        if not self.head:
-            at = _find(PyBytes_AS_STRING(event), 0, PyBytes_GET_SIZE(event), b'"choices":', 10)
-            if at > 0:
-                self.head = event[5:at].lstrip()
+        self._open(event)
+        if quiet is not None and self._is_quiet(chunk, event):
+            self._remember(quiet)
         for choice in chunk.choices:
             self._choice(choice)
         if self.chat and SGLANG_CHAT_TEXT in event:
@@ -272,6 +296,61 @@ cdef class AnswerStream:
         if self._keep_ids or _find(PyBytes_AS_STRING(event), 0, PyBytes_GET_SIZE(event), b'"token_ids":[', 13) < 0:
             return event
         return without_ids(event)
+
+    cdef int _known(self, const char *event, ssize_t size):
+        """OTHER: nothing was done about it. Else it has a form that `shapes` knows, and was taken in."""
+        cdef long long used[3]
+        cdef Last found
+        cdef ssize_t at = head_end(event, size)
+        cdef bytes ids
+        if at < 0:
+            return OTHER
+        if usage(event, at, size, used):
+            self.usage = {"prompt_tokens": used[0], "total_tokens": used[1], "completion_tokens": used[2]}
+            return USED
+        if not self.head or not last(event, at, size, self._mark, self._close, &found):
+            return OTHER
+        if found.ids >= 0:
+            ids = PyBytes_FromStringAndSize(event + found.ids, found.ids_end - found.ids)
+            self.ids += ids
+            self.ids += b","
+        if found.ids >= 0 or found.text_end > found.text:
+            self.events += 1
+        if found.text_end > found.text:
+            self.text += event[found.text:found.text_end]
+            self.reached = len(self.ids)
+            self.single = found.ids >= 0 and b"," not in ids
+        self.introduced = self.finished = True
+        return ENDED
+
+    cdef _open(self, bytes event):
+        if self.head:
+            return
+        cdef ssize_t at = _find(PyBytes_AS_STRING(event), 0, PyBytes_GET_SIZE(event), b'"choices":', 10)
+        if at > 0:
+            self.head = event[5:at].lstrip()
+
+    cdef bint _is_quiet(self, chunk, bytes event) except -1:
+        """Does it change nothing but that the answer has begun?"""
+        if b'"token_ids":[' in event or SGLANG_CHAT_TEXT in event:
+            return False
+        for choice in chunk.choices:
+            if choice.finish_reason is not None or choice.token_ids or (choice.text and not self.chat):
+                return False
+            delta = choice.delta if self.chat else None
+            if isinstance(delta, dict):
+                for key, value in (<dict>delta).items():
+                    if value and key != "role":
+                        return False
+            elif delta is not None:
+                return False
+        return True
+
+    cdef _remember(self, bytes quiet):
+        cdef dict known = _quiet_chats if self.chat else _quiet_texts
+        if len(known) >= MOST_QUIET:
+            known.clear()
+        known[quiet] = True
 
     cdef _choice(self, choice):
         reason, text = choice.finish_reason, choice.text

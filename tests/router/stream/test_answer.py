@@ -36,6 +36,21 @@ def token(text: str, ids: list[int] | None, *, chat: bool, reason: str = "null")
     return choice(inner, reason, named)
 
 
+ENDS = (
+    '"finish_reason":"length"', '"finish_reason":"stop","stop_reason":null', '"finish_reason":"abort"',
+    '"finish_reason":"tool_calls","stop_reason":null,"prompt_token_ids":null', '"finish_reason":"stop","x":1',
+    '"finish_reason":"","stop_reason":7', '"finish_reason":"Stop"', '"finish_reason":"stop" ',
+)  # fmt: skip
+"""Behind an answer's last text."""
+USED = (
+    '"prompt_tokens":3,"total_tokens":4,"completion_tokens":1',
+    '"prompt_tokens":0,"total_tokens":0,"completion_tokens":0',
+    '"prompt_tokens":03,"total_tokens":4,"completion_tokens":1',
+    '"prompt_tokens":3,"total_tokens":4,"completion_tokens":-1',
+    '"prompt_tokens":3,"total_tokens":4,"completion_tokens":123456789012345678',
+    '"prompt_tokens":3,"total_tokens":4,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":2}',
+    '"prompt_tokens":3,"completion_tokens":1',
+)
 ROLE = '"delta":{"role":"assistant","content":""}'
 ODD = (
     b"data: [DONE]\n\n", b"data:[DONE]\n\n", b"data:  [DONE]\r\n\r\n", b": ping\n\n", b"\n\n",
@@ -84,6 +99,13 @@ def event(dice: random.Random, *, chat: bool) -> bytes:
         )
     if kind == 2:
         return choice(ROLE if chat else '"text":""')
+    if kind == 3 and dice.random() < 0.5:
+        return f'data: {HEAD}"choices":[],"usage":{{{dice.choice(USED)}}}}}\n\n'.encode()
+    if kind == 4:
+        inner = f'"delta":{{"content":{json.dumps(dice.choice(TEXTS))}}}' if chat else '"text":" a"'
+        named = f',"token_ids":{json.dumps(ids, separators=(",", ":"))}' if dice.random() < 0.7 else ""
+        ended = f'"index":0,{inner},"logprobs":null,{dice.choice(ENDS)}{named}'
+        return f'data: {HEAD}"choices":[{{{ended}}}]}}\n\n'.encode()
     of_token = dice.choice((None, ids, ids[:1] or [1]))
     return token(dice.choice(TEXTS), of_token, chat=chat, reason="null" if kind > 3 else '"stop"')
 
@@ -115,12 +137,19 @@ def run(made: Any, pieces: list[bytes], wants: Asked, *, chat: bool, keeps: bool
 @pytest.mark.parametrize("seed", range(20))
 def test_both_write_and_know_the_same(seed: int) -> None:
     dice = random.Random(seed)
-    for _ in range(150):
+    for _ in range(250):
         chat = dice.random() < 0.5
         body = b"".join(event(dice, chat=chat) for _ in range(dice.randrange(8)))
         if dice.random() < 0.3:
             # As SGLang has it.
             body = body.replace(b'"delta":{"', b'"delta":{"reasoning_content":null,"')
+        if body and dice.random() < 0.3:
+            at = dice.randrange(len(body))
+            body = (
+                body[:at]
+                + dice.choice((b"", b'"', b"\\", b"\n", b"0", b"}", b",", b"\xff", b" "))
+                + body[at + 1 :]
+            )
         cuts = sorted(dice.randrange(len(body) + 1) for _ in range(dice.choice((0, 0, 1, 4))))
         places = [0, *cuts, len(body)]
         pieces = [body[start:end] for start, end in itertools.pairwise(places)]
