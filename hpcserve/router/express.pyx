@@ -24,7 +24,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport Known, add, charge, message, observe, told
+from .known cimport Known, add, charge, message, observe, opening, told
 
 cdef extern from *:
     """
@@ -278,12 +278,7 @@ cdef class Express:
         exchange._chunked = True
         cdef bytes text = self.held[0] if len(self.held) == 1 else b"".join(self.held)
         self.held.clear()
-        cdef bytes sent = b"%b%b\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n%b" % (
-            <bytes>told(self.headers)[1], self.request_id.encode("ascii"), PyBytes_GET_SIZE(text), text,
-            b"0\r\n\r\n" if last else b"",
-        ) if text else b"%b%b\r\ntransfer-encoding: chunked\r\n\r\n%b" % (
-            <bytes>told(self.headers)[1], self.request_id.encode("ascii"), b"0\r\n\r\n" if last else b"",
-        )
+        cdef bytes sent = opening(told(self.headers)[1], self.request_id.encode("ascii"), text, last)
         if last:
             self._leave_worker()
             exchange.finished = True

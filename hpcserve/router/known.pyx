@@ -6,6 +6,7 @@ only puts its id, its length and its body in between.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdio cimport snprintf
 from libc.string cimport memcpy
 
 from ..http import client
@@ -111,6 +112,19 @@ cdef tuple told(headers):
         if type(headers) is Headers:
             headers.told = found
     return found
+
+
+cdef bytes opening(bytes head, bytes given, bytes text, bint last):
+    """An answer in chunks on the wire: its head, what is there of its body, and its end with the `last` of it."""
+    cdef char size[20]
+    cdef bytes framing = b"\r\ntransfer-encoding: chunked\r\n\r\n"
+    cdef tuple parts = (head, given, framing)
+    if text:
+        snprintf(size, sizeof(size), b"%zx\r\n", PyBytes_GET_SIZE(text))
+        parts = (head, given, framing, <bytes>size, text, b"\r\n")
+    if last:
+        parts += (b"0\r\n\r\n",)
+    return b"".join(parts)
 
 
 cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more):
