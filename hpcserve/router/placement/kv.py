@@ -24,12 +24,19 @@ class LowestCost:
     def __init__(self) -> None:
         module = compiled("router.placement.lowest", "each placement")
         self._choose: Callable[..., Choice | None] | None = None if module is None else module.choose
+        self._choose_pair: Callable[..., Choice | None] | None = None
+        if module is not None:
+            self._choose_pair = module.choose_pair
 
     def choose(
         self, demand: Demand, answering: Sequence[Worker], prefill: Sequence[Worker], view: View
     ) -> Choice:
         # First the pool that computes prompts: the popularity of what it holds is what counts.
         if prefill:
+            if self._choose_pair is not None and type(answering) is list and type(prefill) is list:
+                choice = self._choose_pair(demand, answering, prefill, view)
+                if choice is not None:
+                    return choice
             other = Scores(demand, view.pool(prefill), view, False, False)
             return _pair(Scores(demand, view.pool(answering), view, True, True), other, view)
         if self._choose is not None and type(answering) is list:

@@ -1,5 +1,5 @@
 # cython: language_level=3, cdivision=True
-"""The policy `kv` over workers that answer by themselves, compiled: what `scores.py`, `pool.py` and `kv.py` do, in one pass.
+"""The policy `kv` over workers and pairs of workers, compiled: what `scores.py`, `pool.py` and `kv.py` do, in one pass.
 
 Those are the reference and explain each term; `tests/router/placement/test_lowest.py` compares the two. Constants are
 taken from `cost.py` when this is imported.
@@ -11,8 +11,8 @@ from . import cost
 from ..board import Load
 from .choice import Choice
 from .pool import MEMORY
-from .scores import lowest
-from .seen import Reading, Seen
+from .scores import SHOWN, lowest
+from .seen import Reading, Seen, SeenPairs
 
 cdef extern from *:
     """
@@ -27,7 +27,8 @@ SOURCE = HPCSERVE_SOURCE.decode()
 
 cdef double BARRIER = cost.BARRIER, BEHIND = cost.BEHIND, BUSIEST = cost.BUSIEST, FULLEST = cost.FULLEST
 cdef double PER_STREAM = cost.PER_STREAM, PROGRESS = cost.PROGRESS, SESSION = cost.SESSION
-cdef double STEP_PER_STREAM = cost.STEP_PER_STREAM, _MEMORY = MEMORY
+cdef double STEP_PER_STREAM = cost.STEP_PER_STREAM, FAR = cost.FAR, TWO_LEGS = cost.TWO_LEGS, _MEMORY = MEMORY
+cdef ssize_t _SHOWN = SHOWN
 
 
 cdef double _wait(double queued, double head, double seconds, double rate) noexcept:
@@ -87,70 +88,185 @@ cdef _refresh(pool, double mean_uncached, double now):
     pool._busy = busy
 
 
+cdef class Side:
+    """As Scores, of workers that hold nothing in slower memory."""
+
+    cdef object pool
+    cdef list workers
+    cdef list reads
+    cdef list uncached
+    cdef list bases
+    cdef list costs
+    cdef long long least
+    cdef double behind
+    cdef double stall
+    cdef double copied
+    cdef ssize_t session
+
+    def __init__(self, demand, pool, view, bint writes, bint paired):
+        cdef list workers = pool.workers, reads, uncached, costs = [], bases = []
+        cdef ssize_t size = len(workers), at
+        view._turn += 1
+        pool.turn = view._turn
+        _refresh(pool, view.mean_uncached, view.now)
+        reads = pool.reads
+        # As Pool.uncached().
+        cdef long long total = demand.prompt_tokens, least, tokens
+        if total < 1:
+            total = 1
+        cdef double per_chunk = demand.chunk_tokens, output = demand.output_tokens
+        uncached = [total] * size
+        if view.held:
+            index = pool.index
+            for name, match in view.held.items():
+                place = index.get(name)
+                if place is not None:
+                    tokens = total - <long long>(<double>match.gpu * per_chunk)
+                    uncached[place] = tokens if tokens > 1 else 1
+        least = min(uncached)
+        # As Scores.
+        cdef double uses = view.uses(demand, least) if demand.chain else 0.0
+        cdef double copied = uses / (1.0 + uses) if uses else 0.0
+        cdef double behind = pool.behind, share = pool.prefilling, factor = -1.0, stall = 0.0, step = 0.0
+        cdef double saved = copied * (behind - 1.0), streams, base, slope, credit
+        if writes:
+            if share > BUSIEST:
+                share = BUSIEST
+            factor = share / (1.0 - share) * behind
+            stall = output * factor
+            step = output * STEP_PER_STREAM
+        for at in range(size):
+            _, streams, _, base, slope = reads[at]
+            tokens = uncached[at]
+            if writes:
+                base += stall / (<double>workers[at].rates.decode * (behind + PER_STREAM * streams)) + step * streams
+            if saved and tokens > least:
+                base -= saved * (tokens - least) / <double>workers[at].rates.prefill
+            if paired:
+                bases.append(base)
+            costs.append(base + tokens * slope)
+        cdef ssize_t session = pool.index.get(view.session, -1) if view.session else -1
+        if session >= 0:
+            tokens = uncached[session]
+            credit = SESSION * tokens / <double>workers[session].rates.prefill
+            costs[session] = <double>costs[session] - credit
+            if paired:
+                bases[session] = <double>bases[session] - credit
+        self.pool, self.workers, self.reads, self.uncached, self.bases, self.costs = (
+            pool, workers, reads, uncached, bases, costs,
+        )
+        self.least, self.behind, self.stall, self.copied, self.session = least, behind, factor, copied, session
+
+    cdef list best(self):
+        cdef list costs = self.costs
+        if len(costs) == 1:
+            return [0]
+        if len(costs) == 2:
+            return [0, 1] if <double>costs[0] <= <double>costs[1] else [1, 0]
+        return lowest(costs)
+
+    cdef seen(self, demand, list places):
+        cdef list readings = []
+        cdef ssize_t at
+        for at in places:
+            if at < 0:
+                readings.append(None)
+                continue
+            worker = self.workers[at]
+            rates = worker.rates
+            readings.append(
+                Reading(
+                    worker.name, self.reads[at], self.uncached[at], rates.prefill, rates.decode, -1.0,
+                    at == self.session,
+                )
+            )
+        return Seen(
+            demand.prompt_tokens, demand.output_tokens, self.behind, self.stall, self.copied, self.least,
+            tuple(readings),
+        )
+
+    cdef list best_of_each_domain(self, list costs):
+        cdef list domains = self.pool.domains
+        if len(costs) == 1:
+            return [0]
+        if len(costs) == len(domains):
+            return list(range(len(costs)))
+        return [min(places, key=costs.__getitem__) for places in domains]
+
+
+cdef _known(list workers, view):
+    """The pool of these workers, if there is one whose loads are all read each time."""
+    for pool in <list>view._pools:
+        if pool.workers == workers:
+            return None if pool.partly_read else pool
+    return None
+
+
+cdef bint _slow(held) except -1:
+    """Is some of the prompt in slower memory?"""
+    if held:
+        for match in held.values():
+            if match.cpu or match.storage:
+                return True
+    return False
+
+
 def choose(demand, list answering, view):
     """As LowestCost.choose() without prefill workers. None: nothing was done, and that has to choose."""
-    held = view.held
-    for match in held.values():
-        if match.cpu or match.storage:
-            return None
-    for pool in <list>view._pools:
-        if pool.workers == answering:
-            break
-    else:
+    if len(answering) < 2 or _slow(view.held):
         return None
-    cdef ssize_t size = len(answering), at = 0, best_at
-    if size < 2 or pool.partly_read:
+    pool = _known(answering, view)
+    if pool is None:
         return None
-    view._turn += 1
-    pool.turn = view._turn
-    _refresh(pool, view.mean_uncached, view.now)
-    # As Pool.uncached().
-    cdef long long total = demand.prompt_tokens, least, tokens
-    if total < 1:
-        total = 1
-    cdef double per_chunk = demand.chunk_tokens, output = demand.output_tokens
-    cdef list uncached = [total] * size
-    for name, match in held.items():
-        place = pool.index.get(name)
-        if place is not None:
-            tokens = total - <long long>(<double>match.gpu * per_chunk)
-            uncached[place] = tokens if tokens > 1 else 1
-    least = min(uncached)
-    # As Scores.
-    cdef double uses = view.uses(demand, least) if demand.chain else 0.0
-    cdef double copied = uses / (1.0 + uses) if uses else 0.0
-    cdef double behind = pool.behind, share = pool.prefilling
-    if share > BUSIEST:
-        share = BUSIEST
-    cdef double factor = share / (1.0 - share) * behind
-    cdef double saved = copied * (behind - 1.0), stall = output * factor, step = output * STEP_PER_STREAM
-    cdef double streams, base, slope, seconds
-    cdef list costs = [], workers = pool.workers, reads = pool.reads
+    cdef Side own = Side(demand, pool, view, True, False)
+    cdef list best = own.best()
+    worker = own.workers[best[0]]
+    reason = "session" if worker.name == view.session else ""
+    return Choice(worker, None, own.uncached[best[0]], reason, own.seen(demand, best))
+
+
+def choose_pair(demand, list answering, list prefill, view):
+    """The same with prefill workers."""
+    if _slow(view.held):
+        return None
+    others, pool = _known(prefill, view), _known(answering, view)
+    if others is None or pool is None:
+        return None
+    # In this order: the popularity of what the first of them hold is what counts.
+    cdef Side other = Side(demand, others, view, False, False)
+    cdef Side own = Side(demand, pool, view, True, True)
+    cdef list pulls = [], pulled = [], found = [], seconds = [], firsts = [], transfers = []
+    cdef ssize_t at, first, size = len(own.workers)
+    cdef double pull, base
     for at in range(size):
-        worker = workers[at]
-        _, streams, _, base, slope = reads[at]
-        tokens = uncached[at]
-        base += stall / (<double>worker.rates.decode * (behind + PER_STREAM * streams)) + step * streams
-        if saved and tokens > least:
-            base -= saved * (tokens - least) / <double>worker.rates.prefill
-        costs.append(base + tokens * slope)
-    cdef ssize_t session = pool.index.get(view.session, -1) if view.session else -1
-    if session >= 0:
-        seconds = costs[session]
-        costs[session] = seconds - SESSION * <long long>uncached[session] / <double>workers[session].rates.prefill
-    cdef list best = lowest(costs) if size > 2 else [0, 1] if <double>costs[0] <= <double>costs[1] else [1, 0]
-    readings = []
-    for place in best:
-        best_at = place
-        worker = workers[best_at]
-        readings.append(
-            Reading(
-                worker.name, reads[best_at], uncached[best_at], worker.rates.prefill, worker.rates.decode, -1.0,
-                best_at == session,
-            )
-        )
-    seen = Seen(
-        demand.prompt_tokens, demand.output_tokens, behind, factor, copied, least, tuple(readings)
-    )
-    worker = workers[best[0]]
-    return Choice(worker, None, uncached[best[0]], "session" if worker.name == view.session else "", seen)
+        # As cost.transfer().
+        rates = own.workers[at].rates
+        pull = <long long>own.uncached[at] * <double>rates.kv_bytes_per_token / <double>rates.transfer
+        pulls.append(pull)
+        pulled.append(<double>own.bases[at] + pull)
+    if not view.pairs_only:
+        for at in own.best():
+            found.append((own.costs[at], at, -1, 0.0))
+    cdef list near = other.best_of_each_domain(other.costs)
+    for at in own.best_of_each_domain(pulled):
+        domain = own.workers[at].domain
+        base = <double>own.bases[at] + TWO_LEGS
+        for first in near:
+            pull = pulls[at]
+            there = other.workers[first].domain
+            # Where nothing is known of topology, all are near.
+            if domain is not None and there is not None and domain != there:
+                pull *= FAR
+            found.append((base + <double>other.costs[first] + pull, at, first, pull))
+    found.sort()
+    for _, at, first, pull in found[:_SHOWN]:
+        seconds.append(at)
+        firsts.append(first)
+        transfers.append(pull)
+    shown = SeenPairs(own.seen(demand, seconds), other.seen(demand, firsts), tuple(transfers))
+    at, first = seconds[0], firsts[0]
+    worker = own.workers[at]
+    reason = "session" if worker.name == view.session else ""
+    if first < 0:
+        return Choice(worker, None, own.uncached[at], reason or "prefill is quicker on decode", shown)
+    return Choice(worker, other.workers[first], other.uncached[first], reason, shown)
