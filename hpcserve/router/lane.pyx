@@ -46,7 +46,7 @@ cdef tuple _PROMPTS = ("messages", "prompt", "input")
 # The ordinary way reads them; what they say is not kept with a head either.
 cdef frozenset _UNUSUAL = frozenset({b"content-encoding", b"x-hpcserve-explain"})
 cdef frozenset _NOT_KEPT = frozenset(
-    {*REQUEST_ID_HEADERS, b"x-hpcserve-on-behalf", b"expect", b"transfer-encoding", b"upgrade", b"connection"}
+    {*REQUEST_ID_HEADERS, b"x-hpcserve-on-behalf", b"expect", b"transfer-encoding", b"upgrade"}
 )
 cdef bytes _random = b""
 cdef ssize_t _next_id = 0
@@ -227,7 +227,9 @@ cdef class Lane:
         if type(exchange.owner) is not Express:
             return
         known = (<Express>exchange.owner).known
-        if known.length_at >= 0 and _NOT_KEPT.isdisjoint(known.named) and self._heads.again(data):
+        if known.length_at < 0 or not _NOT_KEPT.isdisjoint(known.named) or not self._heads.again(data):
+            return
+        if all([value.lower() == b"keep-alive" for name, value in known.headers if name == b"connection"]):
             self._heads.keep(data, known.headers, known)
 
     cdef bint _open(self) except -1:

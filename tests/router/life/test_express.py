@@ -181,7 +181,16 @@ async def test_both_ways_do_the_same(start, monkeypatch, scenario, roles):
     assert found == expected
 
 
-async def test_a_head_that_came_before_is_not_parsed_again(start, monkeypatch):
+@pytest.mark.parametrize(
+    ("headers", "known"),
+    [
+        ({}, True),
+        ({"connection": "keep-alive"}, True),
+        ({"connection": "Keep-Alive"}, True),
+        ({"connection": "keep-alive, x-own", "x_own": "1"}, False),
+    ],
+)
+async def test_a_head_that_came_before_is_not_parsed_again(start, monkeypatch, headers, known):
     bench = await start("aggregated-0")
     bench["aggregated-0"].behave = says(*WHOLE)
     taken: list[bool] = []
@@ -193,9 +202,11 @@ async def test_a_head_that_came_before_is_not_parsed_again(start, monkeypatch):
 
     monkeypatch.setattr(bench.router.fast_path, "whole", watch)
     for number in range(5):
-        assert (await bench.ask("/v1/chat/completions", body(0, seed=number)))[0] == 200
+        assert (await bench.ask("/v1/chat/completions", body(0, seed=number), **headers))[0] == 200
+        sent = dict(bench["aggregated-0"].seen[-1].headers)
+        assert not {b"connection", b"x-own"} & sent.keys()
     # The first is counted, the second is learned; of a router whose first request it is, one more.
-    assert taken[-2:] == [True, True]
+    assert taken[-2:] == [known, known]
 
 
 async def test_who_lost_its_key_is_refused_though_its_head_is_known(start):
