@@ -21,6 +21,7 @@ MODULES = (
     "hpcserve.router.known",
     "hpcserve.router.lane",
     "hpcserve.router.placement.lowest",
+    "hpcserve.router.reading",
     "hpcserve.router.stream.answer",
     "hpcserve.router.stream.pump",
 )

@@ -15,16 +15,17 @@ import os
 import msgspec
 
 from ..http.errors import HttpError
-from .call import REQUEST_ID_HEADERS, Raw, request_id
+from .call import REQUEST_ID_HEADERS, request_id
 from .demand import Demand
 from .disaggregated import needs_local_prefill
 from .keys.identity import BATCH, INTERACTIVE, NO_LIMITS
-from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM, chain
+from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM
 from .routes import CHAT, COMPLETIONS
 from .stream.asked import ask, count
 
 from .express cimport Express
 from .known cimport Known, add
+from .reading cimport links, members, whole_number
 
 cdef extern from *:
     """
@@ -38,7 +39,6 @@ SOURCE = HPCSERVE_SOURCE.decode()
 """SHA-256 of the files this was compiled from."""
 
 cdef object _decode = msgspec.json.Decoder().decode
-cdef object _fields = msgspec.json.Decoder(Raw).decode
 cdef dict _ROUTES = {route.path: route for route in (CHAT, COMPLETIONS)}
 cdef tuple _TELLING = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "vllm_xargs")
 cdef tuple _PROMPTS = ("messages", "prompt", "input")
@@ -52,7 +52,6 @@ cdef ssize_t _next_id = 0
 cdef ssize_t _chunk = CHUNK, _probe = PROBE, _probe_every = PROBE_EVERY
 cdef enum:
     RANDOM = 4096  # bytes that are asked for at once
-    MOST_DIGITS = 15
 
 
 cdef str new_id():
@@ -81,48 +80,12 @@ cdef class Asking:
         self.serving = serving
 
 
-cdef long long _whole(raw) except -2:
-    """A JSON number that is whole and not below zero; -1: it is something else."""
-    cdef Py_buffer view
-    cdef long long number = 0
-    cdef ssize_t at
-    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
-    cdef const char *text = <const char *>view.buf
-    if 0 < view.len <= MOST_DIGITS:
-        for at in range(view.len):
-            if not 48 <= text[at] <= 57:
-                break
-            number = number * 10 + text[at] - 48
-        else:
-            PyBuffer_Release(&view)
-            return number
-    PyBuffer_Release(&view)
-    value = _decode(raw)
-    return value if type(value) is int and 0 <= value < 1 << 62 else -1
-
-
 cdef bint _is(raw, const char *word, ssize_t size) except -1:
     """Is it this text?"""
     cdef Py_buffer view
     PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
     cdef bint found = view.len == size and memcmp(view.buf, word, size) == 0
     PyBuffer_Release(&view)
-    return found
-
-
-cdef dict _members(bytes body):
-    """As `call.members()`. Raises what its parts raise."""
-    if not body.isascii():
-        body.decode()
-    cdef dict found = _fields(body)
-    cdef Py_buffer view
-    cdef bint number
-    for raw in found.values():
-        PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
-        number = 0 < view.len < 400 and 44 < (<const char *>view.buf)[0] < 58
-        PyBuffer_Release(&view)
-        if number:
-            _whole(raw)
     return found
 
 
@@ -235,7 +198,7 @@ cdef class Lane:
             known.identity = router.keyring.identify(known)
             known.good = router.keyring._good
         identity = known.identity
-        cdef dict fields = _members(body)
+        cdef dict fields = members(body, 0)
         if not self._usual(fields) or not fields.keys().isdisjoint(engine.router_members):
             return None
         raw = fields.get("model")
@@ -337,7 +300,12 @@ cdef class Lane:
         cdef const char *text = <const char *>view.buf
         cdef ssize_t size = view.len - 1
         cdef bint unusual = (name == "prompt" and size > 0 and text[0] == 91) or _may_hold_base64(text, size)
-        PyBuffer_Release(&view)
+        cdef tuple chain = ()
+        try:
+            if not unusual and size >= _chunk:
+                chain = links(text, size, PLAIN_SPACE)
+        finally:
+            PyBuffer_Release(&view)
         if unusual:
             return prompts.demand(Asking(body, fields, known, serving))
         learned = prompts.model(model)
@@ -346,13 +314,13 @@ cdef class Lane:
         for name in LIMITS:
             raw = fields.get(name)
             if raw is not None:
-                most = _whole(raw)
+                most = whole_number(raw)
                 if most >= 0:
                     expected = min(expected, most)
                     break
         return Demand(
             prompt_tokens=tokens if tokens > 1 else 1, output_tokens=expected,
-            chain=chain(memoryview(last)[:-1], PLAIN_SPACE) if size >= _chunk else (),
+            chain=chain,
             chunk_tokens=_chunk * ratio, session=None, priority=0, model=model, prompt_bytes=size,
             space=PLAIN_SPACE,
         )
