@@ -19,6 +19,7 @@ MODULES = (
     "hpcserve.http.head_cache",
     "hpcserve.router.express",
     "hpcserve.router.known",
+    "hpcserve.router.kv.marks",
     "hpcserve.router.lane",
     "hpcserve.router.placement.lowest",
     "hpcserve.router.reading",
