@@ -18,13 +18,13 @@ from .disaggregated import PREFILL_ANSWER_MAX
 from .flight import Flight
 from .relay import inter_token
 from .stream.asked import ADDED, ADDED_BYTES, splice
-from .stream.answer import AnswerStream
 from .stream.generated import GIVEN_UP, EngineFault, given_up
 from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
 from .known cimport Known, add, message, told
+from .stream.answer cimport AnswerStream
 
 cdef extern from *:
     """
@@ -166,39 +166,43 @@ cdef class Express:
                 if self.ride is not None and self.stream.steady:
                     self.ride.board()
             else:
-                self._take(data, False)
+                self._take(data, 0, PyBytes_GET_SIZE(data), False)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
             self.python()._crashed()
 
     def end(self, bytes last):
+        self.end_within(last, 0, PyBytes_GET_SIZE(last))
+
+    def end_within(self, bytes data, ssize_t start, ssize_t stop):
+        """The last piece of the body is `data[start:stop]`."""
         self.connection = None
         self._leave_pump()
         try:
-            self._take(last, True)
+            self._take(data, start, stop, True)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
             self.python()._crashed()
 
-    cdef _take(self, bytes data, bint last):
-        """A piece of an answer."""
+    cdef _take(self, bytes data, ssize_t start, ssize_t stop, bint last):
+        """A piece of an answer: `data[start:stop]`."""
         worker, decision = self.worker, self.decision
         if worker is None:
             return
         cdef bint first = self.deadline != INFINITY
         if first:
             if self.status != 200 or not (worker is decision.prefill or told(self.headers)[0]):
-                self._hand_over(data, last)
+                self._hand_over(data[start:stop], last)
                 return
             self.deadline = INFINITY
             self.request = ()
             self._first_byte(worker, decision)
         if worker is decision.prefill:
-            self._collect(worker, data, last)
+            self._collect(worker, data[start:stop], last)
         else:
-            self._pass_on(data, last)
+            self._pass_on(data, start, stop, last)
 
     cdef _hand_over(self, bytes data, bint last):
         """Whatever this is, a Flight knows."""
@@ -242,7 +246,7 @@ cdef class Express:
 
     # The answer
 
-    cdef _pass_on(self, bytes data, bint last):
+    cdef _pass_on(self, bytes data, ssize_t start, ssize_t stop, bint last):
         stream = self.stream
         if stream is None:
             stream = self.stream = AnswerStream(
@@ -250,8 +254,8 @@ cdef class Express:
             )
         if last and self.streams:
             self.exchange.cork()
-        if data:
-            stream.feed(data)
+        if stop > start:
+            (<AnswerStream>stream).take(data, start, stop)
         if last:
             stream.end()
             if stream.has_error:
