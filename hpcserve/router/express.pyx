@@ -86,6 +86,9 @@ cdef class Express:
         carried = 0 if self.ride is None else self.ride.pieces
         return carried if self.stream is None else carried + self.stream.pieces
 
+    cdef bytes body(self):
+        return self.data[self.body_at:] if self.body_at else self.data
+
     cdef start(self):
         """Choose workers, and ask the first."""
         self.router.began()
@@ -113,9 +116,9 @@ cdef class Express:
                 router.metrics.kv_legs.add(("result", "local"), ("reason", "quicker"))
             added = self.asked.added
             if added is ADDED:
-                self._ask(decision.answering, self.body, ADDED_BYTES, now)
+                self._ask(decision.answering, self.data, self.body_at, ADDED_BYTES, now)
             else:
-                self._ask(decision.answering, splice(self.body, self.given, added), None, now)
+                self._ask(decision.answering, splice(self.body(), self.given, added), 0, None, now)
             return
         self.fields = {**self.given, **self.asked.added}
         try:
@@ -123,11 +126,11 @@ cdef class Express:
         except (TypeError, ValueError, KeyError):
             self.python()._again()
             return
-        self._ask(decision.prefill, leg, None, now)
+        self._ask(decision.prefill, leg, 0, None, now)
 
-    cdef _ask(self, worker, bytes body, bytes added, double now):
-        """Send a request to `worker`, and count it there. `added` goes behind the body's first brace, as splice()
-        has it."""
+    cdef _ask(self, worker, bytes data, ssize_t start, bytes added, double now):
+        """Send `data` from `start` on to `worker`, and count it there. `added` goes behind its first brace, as
+        splice() has it."""
         router, decision = self.router, self.decision
         self.worker = worker
         self.since = now
@@ -145,7 +148,9 @@ cdef class Express:
         if self.computes:
             worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
-        self.request = (message(before, self.request_id.encode("ascii"), after, body, added, bool(self.given)),)
+        self.request = message(
+            before, self.request_id.encode("ascii"), after, data, start, added, bool(self.given)
+        )
         connection = router.pool.take(origin)
         self.fresh = connection is None
         if connection is None:
@@ -242,7 +247,7 @@ cdef class Express:
             return
         router.metrics.kv_legs.add(_TRANSFERRED)
         self._leave_worker()
-        self._ask(decision.answering, _encode(body), None, self.path.loop.time())
+        self._ask(decision.answering, _encode(body), 0, None, self.path.loop.time())
 
     # The answer
 
@@ -395,7 +400,7 @@ cdef class Express:
         router = self.router
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
-        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.body))
+        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
         if self.kept:
             router.runner.forget(self.kept)
         _observe(router.metrics.decision, self.decision.seconds)
@@ -418,7 +423,7 @@ cdef class Express:
         ticket._key = self.key
         call = Call(
             exchange=self.exchange, route=self.known.route, request_id=self.request_id, arrived=self.arrived,
-            body=self.body, fields=self.given, model=self.model, streams=True, serving=self.serving,
+            body=self.body(), fields=self.given, model=self.model, streams=True, serving=self.serving,
             job_key=router.config.job_key, user=self.identity.name,
         )
         call.ticket = ticket

@@ -17,4 +17,4 @@ cdef class Known:
 
 cdef add(cell, double amount)
 cdef tuple told(headers)
-cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more)
+cdef tuple message(bytes before, bytes given, bytes after, bytes data, ssize_t start, bytes added, bint more)

@@ -25,7 +25,7 @@ from .stream.asked import ask, count
 
 from .express cimport Express
 from .known cimport Known, add
-from .reading cimport links, members, whole_number
+from .reading cimport LONG, links, members, whole_number
 
 cdef extern from *:
     """
@@ -131,7 +131,8 @@ cdef class Lane:
         cdef ssize_t end = found[1], length = found[2]
         if length <= 0 or PyBytes_GET_SIZE(data) - end != length:
             return False
-        cdef Express flight = self._flight(known, data[end:])
+        # A long body stays where it is.
+        cdef Express flight = self._flight(known, data, end) if length >= LONG else self._flight(known, data[end:], 0)
         if flight is None:
             return False
         headers = known.headers
@@ -140,7 +141,7 @@ cdef class Lane:
             if headers[known.length_at][1] != digits:
                 headers = list(headers)
                 headers[known.length_at] = (b"content-length", digits)
-        exchange = wire.read(known.target, known.path, headers, flight.body)
+        exchange = wire.read(known.target, known.path, headers, memoryview(data)[end:] if length >= LONG else flight.data)
         self._router.requests += 1
         self._start(flight, exchange, wire, new_id())
         return True
@@ -155,7 +156,7 @@ cdef class Lane:
         cdef Known known = Known(route, exchange)
         if not _UNUSUAL.isdisjoint(known.named):
             return False
-        cdef Express flight = self._flight(known, exchange.whole())
+        cdef Express flight = self._flight(known, exchange.whole(), 0)
         if flight is None:
             return False
         self._start(flight, exchange, exchange._wire, request_id(exchange))
@@ -180,17 +181,17 @@ cdef class Lane:
         flight.request_id = given
         flight.start()
 
-    cdef Express _flight(self, Known known, bytes body):
-        """One that was let in; None where the ordinary way must answer."""
+    cdef Express _flight(self, Known known, bytes data, ssize_t start):
+        """One that was let in, whose body is `data` from `start` on; None where the ordinary way must answer."""
         try:
-            return self._let_in(known, body)
+            return self._let_in(known, data, start)
         except (HttpError, RecursionError, UnicodeDecodeError, msgspec.MsgspecError):
             return None
 
-    cdef Express _let_in(self, Known known, bytes body):
+    cdef Express _let_in(self, Known known, bytes data, ssize_t start):
         router = self._router
         engine, admission = router.engine, router.admission
-        cdef ssize_t size = PyBytes_GET_SIZE(body)
+        cdef ssize_t size = PyBytes_GET_SIZE(data) - start
         if not engine.can_resume or size > router.config.max_body:
             return None
         good = router.keyring._good
@@ -198,7 +199,7 @@ cdef class Lane:
             known.identity = router.keyring.identify(known)
             known.good = router.keyring._good
         identity = known.identity
-        cdef dict fields = members(body, 0)
+        cdef dict fields = members(data, start)
         if not self._usual(fields) or not fields.keys().isdisjoint(engine.router_members):
             return None
         raw = fields.get("model")
@@ -217,9 +218,9 @@ cdef class Lane:
             if engine.paired or not prefill or needs_local_prefill(fields) is not None:
                 return None
         asked = ask(fields) if engine.names_tokens(chat=known.chat) else count(fields)
-        demand = self._demand(known, body, fields, model or "", serving)
+        demand = self._demand(known, data, start, fields, model or "", serving)
         if router.runner.end_time is not None:
-            router.runner.check_walltime(Asking(body, fields, known, serving), demand)
+            router.runner.check_walltime(Asking(data[start:], fields, known, serving), demand)
         bodies = admission.bodies
         if not bodies.take(size):
             return None
@@ -232,7 +233,8 @@ cdef class Lane:
                 bodies.give_back(size)
         if not entered:
             return None
-        flight.path, flight.router, flight.known, flight.body = self._path, router, known, body
+        flight.path, flight.router, flight.known = self._path, router, known
+        flight.data, flight.body_at = data, start
         flight.given, flight.model, flight.serving, flight.prefill = fields, name, serving, prefill
         flight.asked = asked
         flight.held = []
@@ -283,18 +285,18 @@ cdef class Lane:
         add(admission.kv, cost)
         return True
 
-    cdef _demand(self, Known known, bytes body, dict fields, str model, serving):
+    cdef _demand(self, Known known, bytes data, ssize_t start, dict fields, str model, serving):
         """As `Prompts.demand()`, for the prompts that most requests have."""
         prompts = self._router.prompts
         if not known.plain or not SELDOM.isdisjoint(fields) or model not in prompts.served:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         last = None
         for name in _PROMPTS:
             last = fields.get(name)
             if last is not None and _given(last):
                 break
         else:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         cdef Py_buffer view
         PyObject_GetBuffer(last, &view, PyBUF_SIMPLE)
         cdef const char *text = <const char *>view.buf
@@ -307,7 +309,7 @@ cdef class Lane:
         finally:
             PyBuffer_Release(&view)
         if unusual:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         learned = prompts.model(model)
         cdef double ratio = learned.ratio, answer = learned.answer
         cdef long long expected = <long long>answer or 1, most, tokens = <long long>(size * ratio)
