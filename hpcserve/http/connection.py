@@ -269,7 +269,7 @@ class Connection(asyncio.Protocol):
 
     # Order of answers
 
-    def read(self, target: str, path: str, headers: list[Header], body: bytes) -> Exchange:
+    def read(self, target: str, path: str, headers: list[Header], body: bytes | memoryview) -> Exchange:
         """A whole request with a head that the parser would take has come, and is answered next."""
         self.deadline = self._write_deadline
         self._active = exchange = whole(self, self._peer, target, path, headers, body)

@@ -126,7 +126,7 @@ class Exchange:
         self._keep = keep
         self._declared = declared
         self._continue = expects_continue
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | memoryview] = []
         self._size = 0
         self._streams = False
         """The body is read in pieces."""
@@ -202,7 +202,8 @@ class Exchange:
 
     def whole(self) -> bytes:
         """The whole body, once `request_complete`."""
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        chunks = self._chunks
+        body = chunks[0] if len(chunks) == 1 and type(chunks[0]) is bytes else b"".join(chunks)
         self._chunks = [body]
         return body
 
@@ -210,7 +211,7 @@ class Exchange:
         self._chunks.clear()
         return HttpError(413, f"the request body is larger than {self._limit} bytes")
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """A piece of the body arrived (called by the connection)."""
         if self.finished or self._fault is not None:
             return
@@ -228,7 +229,7 @@ class Exchange:
             self._wire.stop_body()
             self._wake()
 
-    def came(self, body: bytes) -> None:
+    def came(self, body: bytes | memoryview) -> None:
         """The whole body came with the head, before anybody waited for it (called by the connection)."""
         self._chunks = [body]
         self._size = len(body)

@@ -149,10 +149,10 @@ cdef class Heads:
         self._known[_key(text, &place)] = known
         return True
 
-
     def answer(self, bytes data):
-        """(what was kept, the body), where the head is known, and `data` ends with the body's last byte; else None,
-        and the parser must read it. Chunks must have their usual form: no extensions, no trailers."""
+        """(what was kept, bytes, start and stop of the body in them), where the head is known, and `data` ends with
+        the body's last byte; else None, and the parser must read it. Chunks must have their usual form: no
+        extensions, no trailers."""
         cdef Place place
         cdef const char *text = PyBytes_AS_STRING(data)
         cdef ssize_t size = PyBytes_GET_SIZE(data)
@@ -162,9 +162,8 @@ cdef class Heads:
         if known is None:
             return None
         if place.digits < 0:
-            body = _chunks(data, place.end)
-            return None if body is None else (known, body)
-        return (known, data[place.end:]) if size - place.end == _number(text, &place) else None
+            return _chunks(known, data, place.end)
+        return (known, data, place.end, size) if size - place.end == _number(text, &place) else None
 
 
 cdef int _hex(char digit) noexcept:
@@ -177,10 +176,10 @@ cdef int _hex(char digit) noexcept:
     return -1
 
 
-cdef bytes _chunks(bytes data, ssize_t at):
+cdef tuple _chunks(known, bytes data, ssize_t at):
+    """As answer()."""
     cdef const char *text = PyBytes_AS_STRING(data)
-    cdef ssize_t end = PyBytes_GET_SIZE(data), size, digits
-    cdef bytes whole = None
+    cdef ssize_t end = PyBytes_GET_SIZE(data), size, digits, start = at, stop = at, count = 0
     cdef list pieces = None
     while True:
         size = digits = 0
@@ -196,12 +195,15 @@ cdef bytes _chunks(bytes data, ssize_t at):
         if size == 0:
             if at + 2 != end:
                 return None
-            return whole if pieces is None and whole is not None else b"".join(pieces or ())
-        piece = PyBytes_FromStringAndSize(text + at, size)
-        if whole is None:
-            whole = piece
-        else:
-            if pieces is None:
-                pieces = [whole]
-            pieces.append(piece)
+            if pieces is not None:
+                data = b"".join(pieces)
+                start, stop = 0, PyBytes_GET_SIZE(data)
+            return known, data, start, stop
+        # One chunk stays where it is.
+        count += 1
+        if count == 2:
+            pieces = [PyBytes_FromStringAndSize(text + start, stop - start)]
+        if count > 1:
+            pieces.append(PyBytes_FromStringAndSize(text + at, size))
+        start, stop = at, at + size
         at += size + 2

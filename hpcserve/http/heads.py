@@ -39,13 +39,15 @@ class Heads(Protocol):
         """The strict parser has read `headers` in this head; the next time `find()` gives `known`."""
         ...
 
-    def answer(self, data: bytes) -> tuple[Any, bytes] | None:
-        """Of a known head, what was kept, and the body, which must be there to its last byte, with
-        Content-Length or in chunks of their usual form; else None."""
+    def answer(self, data: bytes) -> tuple[Any, bytes, int, int] | None:
+        """Of a known head, what was kept, and the body: in which bytes it is, from where to where. It must be
+        there to its last byte, with Content-Length or in chunks of their usual form; else None."""
         ...
 
 
-def whole(wire: Wire, peer: str, target: str, path: str, headers: list[Header], body: bytes) -> Exchange:
+def whole(
+    wire: Wire, peer: str, target: str, path: str, headers: list[Header], body: bytes | memoryview
+) -> Exchange:
     """The exchange of a POST whose head was known, and whose body has come."""
     exchange = Exchange(
         wire, method="POST", target=target, path=path, headers=headers, peer=peer, minor=1, keep=True,

@@ -133,10 +133,18 @@ class UpstreamConnection(asyncio.Protocol):
         found = answers.answer(data)
         if found is None:
             return False
-        (status, headers), body = found
+        (status, headers), body, start, stop = found
         self._keep = self._answered = self._complete = True
-        self._reader.head(status, headers)
-        self._finish(body)
+        reader = self._reader
+        reader.head(status, headers)
+        within = getattr(reader, "end_within", None)
+        if within is None:
+            self._finish(body[start:stop])
+        else:
+            # What is compiled reads a body where it is.
+            self._reader = None
+            self._finish(b"")
+            within(body, start, stop)
         return True
 
     def _learn(self, data: bytes) -> None:

@@ -9,7 +9,9 @@ cdef class Express:
     cdef object exchange
     cdef object wire
     cdef str request_id
-    cdef bytes body
+    # The body is `data` from `body_at` on.
+    cdef bytes data
+    cdef ssize_t body_at
     cdef dict given
     cdef str model
     cdef object serving
@@ -47,14 +49,15 @@ cdef class Express:
     cdef readonly double since
     cdef readonly double deadline
 
+    cdef bytes body(self)
     cdef start(self)
     cdef _place(self)
-    cdef _ask(self, worker, bytes body, bytes added, double now)
-    cdef _take(self, bytes data, bint last)
+    cdef _ask(self, worker, bytes data, ssize_t start, bytes added, double now)
+    cdef _take(self, bytes data, ssize_t start, ssize_t stop, bint last)
     cdef _hand_over(self, bytes data, bint last)
     cdef _first_byte(self, worker, decision)
     cdef _collect(self, worker, bytes data, bint last)
-    cdef _pass_on(self, bytes data, bint last)
+    cdef _pass_on(self, bytes data, ssize_t start, ssize_t stop, bint last)
     cdef _begin(self, stream, bint last)
     cdef _complete(self, stream)
     cdef _computed(self, admission)

@@ -18,13 +18,13 @@ from .disaggregated import PREFILL_ANSWER_MAX
 from .flight import Flight
 from .relay import inter_token
 from .stream.asked import ADDED, ADDED_BYTES, splice
-from .stream.answer import AnswerStream
 from .stream.generated import GIVEN_UP, EngineFault, given_up
 from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
 from .known cimport Known, add, charge, message, observe, opening, told
+from .stream.answer cimport AnswerStream
 
 cdef extern from *:
     """
@@ -78,6 +78,9 @@ cdef class Express:
         carried = 0 if self.ride is None else self.ride.pieces
         return carried if self.stream is None else carried + self.stream.pieces
 
+    cdef bytes body(self):
+        return self.data[self.body_at:] if self.body_at else self.data
+
     cdef start(self):
         """Choose workers, and ask the first."""
         router = self.router
@@ -109,9 +112,9 @@ cdef class Express:
                 router.metrics.kv_legs.add(("result", "local"), ("reason", "quicker"))
             added = self.asked.added
             if added is ADDED:
-                self._ask(decision.answering, self.body, ADDED_BYTES, now)
+                self._ask(decision.answering, self.data, self.body_at, ADDED_BYTES, now)
             else:
-                self._ask(decision.answering, splice(self.body, self.given, added), None, now)
+                self._ask(decision.answering, splice(self.body(), self.given, added), 0, None, now)
             return
         self.fields = {**self.given, **self.asked.added}
         try:
@@ -119,11 +122,11 @@ cdef class Express:
         except (TypeError, ValueError, KeyError):
             self.python()._again()
             return
-        self._ask(decision.prefill, leg, None, now)
+        self._ask(decision.prefill, leg, 0, None, now)
 
-    cdef _ask(self, worker, bytes body, bytes added, double now):
-        """Send a request to `worker`, and count it there. `added` goes behind the body's first brace, as splice()
-        has it."""
+    cdef _ask(self, worker, bytes data, ssize_t start, bytes added, double now):
+        """Send `data` from `start` on to `worker`, and count it there. `added` goes behind its first brace, as
+        splice() has it."""
         router, decision = self.router, self.decision
         self.worker = worker
         self.since = now
@@ -141,7 +144,9 @@ cdef class Express:
         if self.computes:
             worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
-        self.request = (message(before, self.request_id.encode("ascii"), after, body, added, bool(self.given)),)
+        self.request = message(
+            before, self.request_id.encode("ascii"), after, data, start, added, bool(self.given)
+        )
         connection = router.pool.take(origin)
         self.fresh = connection is None
         if connection is None:
@@ -162,39 +167,43 @@ cdef class Express:
                 if self.ride is not None and self.stream.steady:
                     self.ride.board()
             else:
-                self._take(data, False)
+                self._take(data, 0, PyBytes_GET_SIZE(data), False)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
             self.python()._crashed()
 
     def end(self, bytes last):
+        self.end_within(last, 0, PyBytes_GET_SIZE(last))
+
+    def end_within(self, bytes data, ssize_t start, ssize_t stop):
+        """The last piece of the body is `data[start:stop]`."""
         self.connection = None
         self._leave_pump()
         try:
-            self._take(last, True)
+            self._take(data, start, stop, True)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
             self.python()._crashed()
 
-    cdef _take(self, bytes data, bint last):
-        """A piece of an answer."""
+    cdef _take(self, bytes data, ssize_t start, ssize_t stop, bint last):
+        """A piece of an answer: `data[start:stop]`."""
         worker, decision = self.worker, self.decision
         if worker is None:
             return
         cdef bint first = self.deadline != INFINITY
         if first:
             if self.status != 200 or not (worker is decision.prefill or told(self.headers)[0]):
-                self._hand_over(data, last)
+                self._hand_over(data[start:stop], last)
                 return
             self.deadline = INFINITY
             self.request = ()
             self._first_byte(worker, decision)
         if worker is decision.prefill:
-            self._collect(worker, data, last)
+            self._collect(worker, data[start:stop], last)
         else:
-            self._pass_on(data, last)
+            self._pass_on(data, start, stop, last)
 
     cdef _hand_over(self, bytes data, bint last):
         """Whatever this is, a Flight knows."""
@@ -234,11 +243,11 @@ cdef class Express:
             return
         router.metrics.kv_legs.add(_TRANSFERRED)
         self._leave_worker()
-        self._ask(decision.answering, _encode(body), None, self.path.loop.time())
+        self._ask(decision.answering, _encode(body), 0, None, self.path.loop.time())
 
     # The answer
 
-    cdef _pass_on(self, bytes data, bint last):
+    cdef _pass_on(self, bytes data, ssize_t start, ssize_t stop, bint last):
         stream = self.stream
         if stream is None:
             stream = self.stream = AnswerStream(
@@ -246,8 +255,8 @@ cdef class Express:
             )
         if last and self.streams:
             self.exchange.cork()
-        if data:
-            stream.feed(data)
+        if stop > start:
+            (<AnswerStream>stream).take(data, start, stop)
         if last:
             stream.end()
             if stream.has_error:
@@ -399,7 +408,7 @@ cdef class Express:
         router = self.router
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
-        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.body))
+        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
         if self.kept:
             router.runner.forget(self.kept)
         observe(router.metrics.decision, self.decision.seconds)
@@ -425,7 +434,7 @@ cdef class Express:
         ticket._key = self.key
         call = Call(
             exchange=self.exchange, route=self.known.route, request_id=self.request_id, arrived=self.arrived,
-            body=self.body, fields=self.given, model=self.model, streams=True, serving=self.serving,
+            body=self.body(), fields=self.given, model=self.model, streams=True, serving=self.serving,
             job_key=router.config.job_key, user=self.identity.name,
         )
         call.ticket = ticket

@@ -29,6 +29,7 @@ SOURCE = HPCSERVE_SOURCE.decode()
 
 cdef enum:
     MOST_LEGS = 256
+    WHOLE = 16384  # a request that goes out in one piece, as client.encode() has it
 
 
 cdef class Known:
@@ -127,17 +128,22 @@ cdef bytes opening(bytes head, bytes given, bytes text, bint last):
     return b"".join(parts)
 
 
-cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes added, bint more):
-    """A request on the wire, copied together once. `added` is put into the body, which has `more` members."""
-    cdef ssize_t size = PyBytes_GET_SIZE(body), brace = 0
+cdef tuple message(bytes before, bytes given, bytes after, bytes data, ssize_t start, bytes added, bint more):
+    """A request on the wire, whose body is `data` from `start` on. `added` is put into the body, which has `more`
+    members. All is copied together once, but for the rest of a long body."""
+    cdef const char *text = PyBytes_AS_STRING(data)
+    cdef ssize_t size = PyBytes_GET_SIZE(data) - start, brace = 0
     if added is not None:
-        brace = body.index(b"{") + 1
+        brace = data.index(b"{", start) + 1 - start
         if more:
             added = added + b","
         size += PyBytes_GET_SIZE(added)
     cdef bytes length = b"%d\r\n\r\n" % size
+    cdef bint apart = size > WHOLE
     cdef tuple parts = (before, given, after, length)
     cdef bytes part
+    if apart:
+        size -= PyBytes_GET_SIZE(data) - start - brace
     for part in parts:
         size += PyBytes_GET_SIZE(part)
     cdef bytes whole = PyBytes_FromStringAndSize(NULL, size)
@@ -145,9 +151,12 @@ cdef bytes message(bytes before, bytes given, bytes after, bytes body, bytes add
     for part in parts:
         memcpy(to, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
         to += PyBytes_GET_SIZE(part)
+    text += start
     if added is not None:
-        memcpy(to, PyBytes_AS_STRING(body), brace)
+        memcpy(to, text, brace)
         memcpy(to + brace, PyBytes_AS_STRING(added), PyBytes_GET_SIZE(added))
         to += brace + PyBytes_GET_SIZE(added)
-    memcpy(to, PyBytes_AS_STRING(body) + brace, PyBytes_GET_SIZE(body) - brace)
-    return whole
+    if apart:
+        return whole, memoryview(data)[start + brace:]
+    memcpy(to, text + brace, PyBytes_GET_SIZE(data) - start - brace)
+    return (whole,)

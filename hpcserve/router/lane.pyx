@@ -15,17 +15,18 @@ import os
 import msgspec
 
 from ..http.errors import HttpError
-from .call import REQUEST_ID_HEADERS, Raw, request_id
+from .call import REQUEST_ID_HEADERS, request_id
 from .demand import Demand
 from .disaggregated import needs_local_prefill
 from .keys.identity import BATCH, INTERACTIVE, NO_LIMITS
-from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM, chain
+from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM
 from .routes import CHAT, COMPLETIONS
 from .admission.budgets import NEWEST
 from .stream.asked import ABOUT, USUAL, ask, count
 
 from .express cimport Express
 from .known cimport Known, add, charge, observe
+from .reading cimport LONG, links, members, whole_number
 
 cdef extern from *:
     """
@@ -39,7 +40,6 @@ SOURCE = HPCSERVE_SOURCE.decode()
 """SHA-256 of the files this was compiled from."""
 
 cdef object _decode = msgspec.json.Decoder().decode
-cdef object _fields = msgspec.json.Decoder(Raw).decode
 cdef dict _ROUTES = {route.path: route for route in (CHAT, COMPLETIONS)}
 cdef tuple _TELLING = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "vllm_xargs")
 cdef tuple _PROMPTS = ("messages", "prompt", "input")
@@ -54,7 +54,6 @@ cdef double _newest = NEWEST
 cdef ssize_t _chunk = CHUNK, _probe = PROBE, _probe_every = PROBE_EVERY
 cdef enum:
     RANDOM = 4096  # bytes that are asked for at once
-    MOST_DIGITS = 15
     MOST_MEANT = 256
 
 
@@ -84,48 +83,12 @@ cdef class Asking:
         self.serving = serving
 
 
-cdef long long _whole(raw) except -2:
-    """A JSON number that is whole and not below zero; -1: it is something else."""
-    cdef Py_buffer view
-    cdef long long number = 0
-    cdef ssize_t at
-    PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
-    cdef const char *text = <const char *>view.buf
-    if 0 < view.len <= MOST_DIGITS:
-        for at in range(view.len):
-            if not 48 <= text[at] <= 57:
-                break
-            number = number * 10 + text[at] - 48
-        else:
-            PyBuffer_Release(&view)
-            return number
-    PyBuffer_Release(&view)
-    value = _decode(raw)
-    return value if type(value) is int and 0 <= value < 1 << 62 else -1
-
-
 cdef bint _is(raw, const char *word, ssize_t size) except -1:
     """Is it this text?"""
     cdef Py_buffer view
     PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
     cdef bint found = view.len == size and memcmp(view.buf, word, size) == 0
     PyBuffer_Release(&view)
-    return found
-
-
-cdef dict _members(bytes body):
-    """As `call.members()`. Raises what its parts raise."""
-    if not body.isascii():
-        body.decode()
-    cdef dict found = _fields(body)
-    cdef Py_buffer view
-    cdef bint number
-    for raw in found.values():
-        PyObject_GetBuffer(raw, &view, PyBUF_SIMPLE)
-        number = 0 < view.len < 400 and 44 < (<const char *>view.buf)[0] < 58
-        PyBuffer_Release(&view)
-        if number:
-            _whole(raw)
     return found
 
 
@@ -191,7 +154,8 @@ cdef class Lane:
         cdef ssize_t end = found[1], length = found[2]
         if length <= 0 or PyBytes_GET_SIZE(data) - end != length:
             return False
-        cdef Express flight = self._flight(known, data[end:])
+        # A long body stays where it is.
+        cdef Express flight = self._flight(known, data, end) if length >= LONG else self._flight(known, data[end:], 0)
         if flight is None:
             return False
         headers = known.headers
@@ -200,7 +164,7 @@ cdef class Lane:
             if headers[known.length_at][1] != digits:
                 headers = list(headers)
                 headers[known.length_at] = (b"content-length", digits)
-        exchange = wire.read(known.target, known.path, headers, flight.body)
+        exchange = wire.read(known.target, known.path, headers, memoryview(data)[end:] if length >= LONG else flight.data)
         self._router.requests += 1
         self._start(flight, exchange, wire, new_id())
         return True
@@ -215,7 +179,7 @@ cdef class Lane:
         cdef Known known = Known(route, exchange)
         if not _UNUSUAL.isdisjoint(known.named):
             return False
-        cdef Express flight = self._flight(known, exchange.whole())
+        cdef Express flight = self._flight(known, exchange.whole(), 0)
         if flight is None:
             return False
         self._start(flight, exchange, exchange._wire, request_id(exchange))
@@ -242,17 +206,17 @@ cdef class Lane:
         flight.request_id = given
         flight.start()
 
-    cdef Express _flight(self, Known known, bytes body):
-        """One that was let in; None where the ordinary way must answer."""
+    cdef Express _flight(self, Known known, bytes data, ssize_t start):
+        """One that was let in, whose body is `data` from `start` on; None where the ordinary way must answer."""
         try:
-            return self._let_in(known, body)
+            return self._let_in(known, data, start)
         except (HttpError, RecursionError, UnicodeDecodeError, msgspec.MsgspecError):
             return None
 
-    cdef Express _let_in(self, Known known, bytes body):
+    cdef Express _let_in(self, Known known, bytes data, ssize_t start):
         router = self._router
         engine, admission = router.engine, router.admission
-        cdef ssize_t size = PyBytes_GET_SIZE(body)
+        cdef ssize_t size = PyBytes_GET_SIZE(data) - start
         if not engine.can_resume or size > router.config.max_body:
             return None
         good = router.keyring._good
@@ -261,7 +225,7 @@ cdef class Lane:
             known.good = router.keyring._good
             known.figures = router.account.key(known.identity.name)
         identity = known.identity
-        cdef dict fields = _members(body)
+        cdef dict fields = members(data, start)
         if not self._usual(fields) or (self._refused and not self._refused.isdisjoint(fields)):
             return None
         raw = fields.get("model")
@@ -282,9 +246,9 @@ cdef class Lane:
             asked = count(fields)
         else:
             asked = USUAL if ABOUT.isdisjoint(fields) else ask(fields)
-        demand = self._demand(known, body, fields, model or "", meant.serving)
+        demand = self._demand(known, data, start, fields, model or "", meant.serving)
         if router.runner.end_time is not None:
-            router.runner.check_walltime(Asking(body, fields, known, meant.serving), demand)
+            router.runner.check_walltime(Asking(data[start:], fields, known, meant.serving), demand)
         bodies = admission.bodies
         if not bodies.take(size):
             return None
@@ -297,7 +261,8 @@ cdef class Lane:
                 bodies.give_back(size)
         if not entered:
             return None
-        flight.path, flight.router, flight.known, flight.body = self._path, router, known, body
+        flight.path, flight.router, flight.known = self._path, router, known
+        flight.data, flight.body_at = data, start
         flight.given, flight.model, flight.serving = fields, meant.name, meant.serving
         flight.answering, flight.prefill = meant.answering, meant.prefill
         flight.asked = asked
@@ -376,39 +341,44 @@ cdef class Lane:
         add(admission.kv, cost)
         return True
 
-    cdef _demand(self, Known known, bytes body, dict fields, str model, serving):
+    cdef _demand(self, Known known, bytes data, ssize_t start, dict fields, str model, serving):
         """As `Prompts.demand()`, for the prompts that most requests have."""
         prompts = self._router.prompts
         if not known.plain or not SELDOM.isdisjoint(fields) or model not in prompts.served:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         last = None
         for name in _PROMPTS:
             last = fields.get(name)
             if last is not None and _given(last):
                 break
         else:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         cdef Py_buffer view
         PyObject_GetBuffer(last, &view, PyBUF_SIMPLE)
         cdef const char *text = <const char *>view.buf
         cdef ssize_t size = view.len - 1
         cdef bint unusual = (name == "prompt" and size > 0 and text[0] == 91) or _may_hold_base64(text, size)
-        PyBuffer_Release(&view)
+        cdef tuple chain = ()
+        try:
+            if not unusual and size >= _chunk:
+                chain = links(text, size, PLAIN_SPACE)
+        finally:
+            PyBuffer_Release(&view)
         if unusual:
-            return prompts.demand(Asking(body, fields, known, serving))
+            return prompts.demand(Asking(data[start:], fields, known, serving))
         learned = prompts.model(model)
         cdef double ratio = learned.ratio, answer = learned.answer
         cdef long long expected = <long long>answer or 1, most, tokens = <long long>(size * ratio)
         for name in LIMITS:
             raw = fields.get(name)
             if raw is not None:
-                most = _whole(raw)
+                most = whole_number(raw)
                 if most >= 0:
                     expected = min(expected, most)
                     break
         return Demand(
             prompt_tokens=tokens if tokens > 1 else 1, output_tokens=expected,
-            chain=chain(memoryview(last)[:-1], PLAIN_SPACE) if size >= _chunk else (),
+            chain=chain,
             chunk_tokens=_chunk * ratio, session=None, priority=0, model=model, prompt_bytes=size,
             space=PLAIN_SPACE,
         )

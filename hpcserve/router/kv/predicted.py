@@ -7,7 +7,8 @@ younger than the chunks after it, so what is left of a prompt is its beginning, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+
+from ...http.compiled import compiled
 
 UNKNOWN_CAPACITY = 500_000.0
 """Tokens, for a worker whose KV cache's size isn't known."""
@@ -92,16 +93,10 @@ class Predicted:
         if cache is None:
             cache = self._caches[number] = _Cache(number)
         masks, bit = self.masks, cache.bit
-        seen = self._leading(chain, -1, len(chain))
-        had = self._leading(chain, bit, seen)
+        seen = _leading(masks, chain, -1, len(chain))
+        had = _leading(masks, chain, bit, seen)
         cache.use(chain, had)
-        before, joined = len(masks), 0
-        for chunk in chain[had:]:
-            holders = masks.setdefault(chunk, bit)
-            if holders != bit and not holders & bit:
-                masks[chunk] = holders | bit
-                joined += 1
-        added = len(masks) - before + joined
+        added = _mark(masks, chain, had, bit)
         cache.size += added
         self._size += added
         room = max(int(self._capacity.get(number, UNKNOWN_CAPACITY) / max(chunk_tokens, 1.0)), 1)
@@ -119,22 +114,6 @@ class Predicted:
         if cache is not None:
             self._shrink(cache, 0)
 
-    def _leading(self, chain: Sequence[int], bits: int, most: int) -> int:
-        """How many of the first `most` chunks have any of `bits`."""
-        masks = self.masks
-        if not most or not masks.get(chain[0], 0) & bits:
-            return 0
-        if masks.get(chain[most - 1], 0) & bits:
-            return most
-        low, high = 1, most - 1
-        while low < high:
-            middle = (low + high) // 2
-            if masks.get(chain[middle], 0) & bits:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def _shrink(self, cache: _Cache, most: int) -> None:
         masks, bit, runs = self.masks, cache.bit, cache.runs
         size = cache.size
@@ -142,12 +121,7 @@ class Predicted:
             name = next(iter(runs))
             run = runs[name]
             keep = max(len(run) - (size - most), 0)
-            for chunk in run[keep:]:
-                holders = masks.pop(chunk, 0)
-                if holders & bit:
-                    size -= 1
-                if holders & ~bit:
-                    masks[chunk] = holders & ~bit
+            size -= _unmark(masks, run, keep, bit)
             if keep:
                 runs[name] = run[:keep]
             else:
@@ -169,6 +143,51 @@ def _shared(run: tuple[int, ...], chain: tuple[int, ...], at: int) -> int:
     return shared
 
 
+def leading(masks: dict[int, int], chain: tuple[int, ...], bits: int, most: int) -> int:
+    """How many of the first `most` chunks have any of `bits`."""
+    if not most or not masks.get(chain[0], 0) & bits:
+        return 0
+    if masks.get(chain[most - 1], 0) & bits:
+        return most
+    low, high = 1, most - 1
+    while low < high:
+        middle = (low + high) // 2
+        if masks.get(chain[middle], 0) & bits:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def mark(masks: dict[int, int], chain: tuple[int, ...], start: int, bit: int) -> int:
+    """Set `bit` for the chunks from `start` on; returns for how many it was not."""
+    before, joined = len(masks), 0
+    for chunk in chain[start:]:
+        holders = masks.setdefault(chunk, bit)
+        if holders != bit and not holders & bit:
+            masks[chunk] = holders | bit
+            joined += 1
+    return len(masks) - before + joined
+
+
+def unmark(masks: dict[int, int], chain: tuple[int, ...], start: int, bit: int) -> int:
+    """Take `bit` from the chunks from `start` on; returns how many had it. A chunk without bits goes."""
+    had = 0
+    for chunk in chain[start:]:
+        holders = masks.pop(chunk, 0)
+        if holders & bit:
+            had += 1
+        if holders & ~bit:
+            masks[chunk] = holders & ~bit
+    return had
+
+
+_compiled = compiled("router.kv.marks", "where long prompts are cached")
+_mark = mark if _compiled is None else _compiled.mark
+_unmark = unmark if _compiled is None else _compiled.unmark
+_leading = leading if _compiled is None else _compiled.leading
+
+
 class InFlight:
     """Chunks sent a moment ago, whose events can't have come yet. An entry lives for one to two `ttl`."""
 
@@ -178,13 +197,9 @@ class InFlight:
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}
 
-    def add(self, number: int, chain: Sequence[int], now: float) -> None:
+    def add(self, number: int, chain: tuple[int, ...], now: float) -> None:
         self.turn(now)
-        new, bit = self._new, 1 << number
-        for chunk in chain:
-            holders = new.setdefault(chunk, bit)
-            if holders != bit:
-                new[chunk] = holders | bit
+        _mark(self._new, chain, 0, 1 << number)
 
     def get(self, chunk: int) -> int:
         return self._new.get(chunk, 0) | self._old.get(chunk, 0)

@@ -78,32 +78,6 @@ cdef ssize_t _first_event(const char *text, ssize_t start, ssize_t size) noexcep
 cdef class AnswerStream:
     """Hands an engine's events to `write`, less what the client did not ask for, and keeps account."""
 
-    cdef object _write
-    cdef object _on_prompt_ids
-    cdef object _held
-    cdef bytes _mark
-    cdef bytes _close
-    cdef bint _keep_ids
-    # See GeneratedStream for what they are.
-    cdef public bint chat
-    cdef public bint wants_ids
-    cdef public bint wants_usage
-    cdef public bytes head
-    cdef public bytearray text
-    cdef public bytearray ids
-    cdef public ssize_t reached
-    cdef public bint single
-    cdef public bytes prompt_ids
-    cdef public bint plain
-    cdef public bint introduced
-    cdef public bint finished
-    cdef public bint done
-    cdef public bint has_error
-    cdef public object usage
-    cdef public ssize_t events
-    cdef public ssize_t pieces
-    cdef public bint steady
-
     def __init__(self, write, asked, *, bint chat, on_prompt_ids=None):
         self._write = write
         self._on_prompt_ids = on_prompt_ids
@@ -128,6 +102,10 @@ cdef class AnswerStream:
         return self._mark, self._close
 
     @property
+    def prompt_ids(self):
+        return None if self._prompt_ids is None else bytes(self._prompt_ids)
+
+    @property
     def whole(self):
         return self._held is None or not self._held.size
 
@@ -140,35 +118,39 @@ cdef class AnswerStream:
 
     def feed(self, bytes piece):
         """Take a piece of the engine's body. Raises EngineFault."""
+        self.take(piece, 0, PyBytes_GET_SIZE(piece))
+
+    cdef take(self, bytes data, ssize_t start, ssize_t end):
+        """As feed(), of `data[start:end]`."""
         self.pieces += 1
-        cdef const char *text = PyBytes_AS_STRING(piece)
-        cdef ssize_t size = PyBytes_GET_SIZE(piece)
+        cdef const char *text = PyBytes_AS_STRING(data)
+        cdef ssize_t size = end - start
         cdef bytes out
-        if (self._held is None or not self._held.size) and size >= 2 and text[size - 1] == 10 and text[size - 2] == 10:
-            if 0 < _find(text, 0, size, b"\n", 1) == size - 2:
-                out = self._event(piece, 0, size)
+        if (self._held is None or not self._held.size) and size >= 2 and text[end - 1] == 10 and text[end - 2] == 10:
+            if start < _find(text, start, end, b"\n", 1) == end - 2:
+                out = self._event(data, start, end)
                 if out:
                     self._write(out)
             else:
-                self._several(piece)
+                self._several(data, start, end)
             return
         if self._held is None:
             self._held = Held()
-        whole = self._held.cut(piece)
+        whole = self._held.cut(data[start:end])
         if self._held.size > HELD_MAX:
             raise EngineFault("an event is longer than the router holds", status=502, event=None)
         if whole:
-            self._several(whole)
+            self._several(whole, 0, PyBytes_GET_SIZE(whole))
 
-    cdef _several(self, bytes data):
+    cdef _several(self, bytes data, ssize_t start, ssize_t end):
         cdef list out = []
-        cdef ssize_t start = 0, end, size = PyBytes_GET_SIZE(data)
+        cdef ssize_t stop
         cdef const char *text = PyBytes_AS_STRING(data)
         try:
-            while start < size:
-                end = _first_event(text, start, size)
-                event = self._event(data, start, end)
-                start = end
+            while start < end:
+                stop = _first_event(text, start, end)
+                event = self._event(data, start, stop)
+                start = stop
                 if event:
                     out.append(event)
         finally:
@@ -251,9 +233,11 @@ cdef class AnswerStream:
         else:
             # Out of it before decoding: there can be tens of thousands.
             close = _find(text, at, end, b"]", 1)
-            raw = data[at + 20:close if close >= 0 else end - 1]
-            if self._on_prompt_ids is not None and self._on_prompt_ids(raw):
-                self.prompt_ids = raw
+            if self._on_prompt_ids is not None:
+                # Seldom does anybody want them, so they stay where they are.
+                raw = memoryview(data)[at + 20:close if close >= 0 else end - 1]
+                if self._on_prompt_ids(raw):
+                    self._prompt_ids = raw
             if self._keep_ids:
                 event = data[start:end]
             else:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpcserve.http.compiled import compiled
+from hpcserve.router.kv import predicted as reference
 from hpcserve.router.kv.predicted import Predicted
 
 CHUNK_TOKENS = 100.0
+
+marks = compiled("router.kv.marks", "a test")
+assert marks is not None, "`make venv` compiles it, with a C compiler and Python's headers"
 
 
 class OneByOne:
@@ -66,9 +73,21 @@ steps = st.one_of(
 )
 
 
+@pytest.fixture(params=["python", "compiled"], scope="module")
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Either way of going over a prompt's chunks."""
+    module = reference if request.param == "python" else marks
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mark", "unmark", "leading"):
+            patch.setattr(reference, f"_{name}", getattr(module, name))
+        yield
+
+
 @settings(max_examples=300)
-@given(st.lists(steps, max_size=60), st.integers(1, 80))
-def test_chunks_go_in_the_order_of_their_last_use(told: list[tuple[str, int, object]], most: int) -> None:
+@given(told=st.lists(steps, max_size=60), most=st.integers(1, 80))
+def test_chunks_go_in_the_order_of_their_last_use(
+    loops: None, told: list[tuple[str, int, object]], most: int
+) -> None:
     predicted, model = Predicted(most=most), OneByOne(most)
     for what, number, value in told:
         if what == "add":
@@ -91,8 +110,10 @@ def test_chunks_go_in_the_order_of_their_last_use(told: list[tuple[str, int, obj
             assert cache.first == {run[0]: name for name, run in runs.items()}
 
 
-@given(st.lists(st.tuples(workers, st.lists(st.integers(0, 9), min_size=1, max_size=6)), max_size=60))
-def test_hashes_that_are_the_same_by_chance_break_nothing(told: list[tuple[int, list[int]]]) -> None:
+@given(told=st.lists(st.tuples(workers, st.lists(st.integers(0, 9), min_size=1, max_size=6)), max_size=60))
+def test_hashes_that_are_the_same_by_chance_break_nothing(
+    loops: None, told: list[tuple[int, list[int]]]
+) -> None:
     predicted = Predicted(most=30)
     for number in range(3):
         predicted.capacity(number, 8 * CHUNK_TOKENS)
@@ -102,3 +123,26 @@ def test_hashes_that_are_the_same_by_chance_break_nothing(told: list[tuple[int, 
     for number in range(3):
         predicted.forget(number)
     assert len(predicted) == 0 and not predicted.masks
+
+
+bits = st.sampled_from((1, 2, 4, 1 << 62, 1 << 63, 1 << 64, 1 << 511))
+
+
+@given(
+    st.dictionaries(st.integers(0, 12), st.one_of(bits, st.integers(0, 7), st.just((1 << 70) + 2))),
+    st.lists(st.integers(0, 12), max_size=9).map(tuple),
+    bits,
+    st.integers(0, 9),
+)
+def test_compiled_loops_do_as_the_python_ones(
+    masks: dict[int, int], chain: tuple[int, ...], bit: int, start: int
+) -> None:
+    start = min(start, len(chain))
+    for name in ("mark", "unmark"):
+        ours, theirs = dict(masks), dict(masks)
+        found = getattr(marks, name)(ours, chain, start, bit)
+        assert found == getattr(reference, name)(theirs, chain, start, bit)
+        assert ours == theirs
+    for any_of in (bit, -1):
+        found = marks.leading(masks, chain, any_of, start)
+        assert found == reference.leading(masks, chain, any_of, start)

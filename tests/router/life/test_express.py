@@ -37,6 +37,12 @@ def body(number: int, *, chat: bool = True, **more: Any) -> bytes:
     return msgspec.json.encode({"model": "toy", **prompt, "max_tokens": 2, "stream": True, **more})
 
 
+def long(number: int, **more: Any) -> bytes:
+    """What is read where it lies: from four to eighty kilobytes."""
+    text = f"request {number} " + 'wörd "\\n' * 9 + "word " * (700 + number * 2900)
+    return body(number, messages=[{"role": "user", "content": text}], **more)
+
+
 def says(
     *pieces: bytes, status: int = 200, kind: bytes = b"text/event-stream", cut: bool = False
 ) -> Behaviour:
@@ -107,6 +113,17 @@ SCENARIOS: dict[str, tuple[Behaviour, list[bytes], str]] = {
     "failure": (says(b"x", status=503), [body(n) for n in range(2)], "chat/completions"),
     "nothing": (says(b""), [body(n) for n in range(3)], "chat/completions"),
     "cut": (says(*stream()[:2], cut=True), [body(n) for n in range(3)], "chat/completions"),
+    "long": (says(*WHOLE), [long(n) for n in range(6)], "chat/completions"),
+    "long in pieces": (says(*stream()), [long(n, user="u") for n in range(5)], "chat/completions"),
+    "long failure": (says(b"x", status=503), [long(n) for n in range(3)], "chat/completions"),
+    "long cut": (says(*stream()[:2], cut=True), [long(n) for n in range(3)], "chat/completions"),
+    "long and bad": (
+        says(*WHOLE),
+        [long(0), long(1), long(2), long(3)[:-2], long(4)[:-1] + b"]", b"[" + long(1) + b"]",
+         long(2).replace(b"word", b"wo\xffd", 1), long(2).replace(b"word", b"wo\nd", 1),
+         long(2).replace(b"word", b'wo"d', 1), long(1, x=["a" * 300] * 300), long(3)],
+        "chat/completions",
+    ),
     "bad bodies": (
         says(*WHOLE),
         [body(1), body(2), body(3), b"{", b"[]", b"{}", b'{"stream":true}',
