@@ -154,7 +154,8 @@ class UpstreamConnection(asyncio.Protocol):
             return
         # And no 1xx before it.
         if data.startswith(b"HTTP/1.1 %d" % self._status) and answers.again(data):
-            headers = self._headers = Headers(self._headers)
+            # A copy: trailers are still to come into the parser's own list.
+            headers = Headers(self._headers)
             answers.keep(data, headers, (self._status, headers))
 
     # httptools callbacks
