@@ -165,27 +165,23 @@ cdef class Express:
         self.status, self.headers = status, headers
 
     def feed(self, bytes data):
+        self.within(data, 0, PyBytes_GET_SIZE(data), False)
+
+    def end(self, bytes last):
+        self.within(last, 0, PyBytes_GET_SIZE(last), True)
+
+    def within(self, bytes data, ssize_t start, ssize_t stop, bint last):
+        """As feed() and end(), of `data[start:stop]`."""
+        if last:
+            self.connection = None
+            self._leave_pump()
         try:
-            if self.streams:
-                self.stream.feed(data)
+            if self.streams and not last:
+                (<AnswerStream>self.stream).take(data, start, stop)
                 if self.ride is not None and self.stream.steady:
                     self.ride.board()
             else:
-                self._take(data, 0, PyBytes_GET_SIZE(data), False)
-        except EngineFault as fault:
-            self.python()._broke(fault)
-        except Exception:
-            self.python()._crashed()
-
-    def end(self, bytes last):
-        self.end_within(last, 0, PyBytes_GET_SIZE(last))
-
-    def end_within(self, bytes data, ssize_t start, ssize_t stop):
-        """The last piece of the body is `data[start:stop]`."""
-        self.connection = None
-        self._leave_pump()
-        try:
-            self._take(data, start, stop, True)
+                self._take(data, start, stop, last)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
