@@ -33,6 +33,8 @@ cdef object _decode = msgspec.json.Decoder().decode
 cdef object _decode_chunk = msgspec.json.Decoder(Chunk).decode
 cdef object _encode = msgspec.json.Encoder().encode
 cdef bytes _DONE = b"data: [DONE]\n\n"
+cdef enum:
+    MANY = 4096  # bytes of ids that are not copied
 
 
 cdef ssize_t _find(const char *text, ssize_t start, ssize_t stop, const char *mark, ssize_t size) noexcept:
@@ -200,7 +202,7 @@ cdef class AnswerStream:
     cdef bytes _unusual(self, bytes data, ssize_t start, ssize_t end):
         cdef const char *text = PyBytes_AS_STRING(data)
         cdef bytes event
-        cdef ssize_t at, close
+        cdef ssize_t at, close, stop
         self.steady = False
         if end - start < 7 or memcmp(text + start, b"data: {", 7) != 0:
             event = PyBytes_FromStringAndSize(text + start, end - start)
@@ -216,8 +218,9 @@ cdef class AnswerStream:
             # Out of it before decoding: there can be tens of thousands.
             close = _find(text, at, end, b"]", 1)
             if self._on_prompt_ids is not None:
-                # Seldom does anybody want them, so they stay where they are.
-                raw = memoryview(data)[at + 20:close if close >= 0 else end - 1]
+                stop = close if close >= 0 else end - 1
+                # Seldom does anybody want them: many stay where they are.
+                raw = data[at + 20:stop] if stop - at < MANY else memoryview(data)[at + 20:stop]
                 if self._on_prompt_ids(raw):
                     self._prompt_ids = raw
             if self._keep_ids:
