@@ -148,9 +148,8 @@ cdef class Express:
         if self.computes:
             worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
-        self.request = message(
-            before, self.request_id.encode("ascii"), after, data, start, added, bool(self.given)
-        )
+        given = self.request_id.encode("ascii")
+        self.request = message(before, given, after, data, start, added, bool(self.given))
         connection = router.pool.take(origin)
         self.fresh = connection is None
         if connection is None:
