@@ -150,9 +150,9 @@ cdef class Heads:
         return True
 
     def answer(self, bytes data):
-        """(what was kept, bytes, start and stop of the body in them), where the head is known, and `data` ends with
-        the body's last byte; else None, and the parser must read it. Chunks must have their usual form: no
-        extensions, no trailers."""
+        """(what was kept, bytes, start and stop of the body in them, the head if more is to come), where the head is
+        known, and `data` ends with the body's last byte or between two chunks; else None, and the parser must read
+        it. Chunks must have their usual form: no extensions, no trailers."""
         cdef Place place
         cdef const char *text = PyBytes_AS_STRING(data)
         cdef ssize_t size = PyBytes_GET_SIZE(data)
@@ -163,7 +163,7 @@ cdef class Heads:
             return None
         if place.digits < 0:
             return _chunks(known, data, place.end)
-        return (known, data, place.end, size) if size - place.end == _number(text, &place) else None
+        return (known, data, place.end, size, None) if size - place.end == _number(text, &place) else None
 
 
 cdef int _hex(char digit) noexcept:
@@ -176,12 +176,17 @@ cdef int _hex(char digit) noexcept:
     return -1
 
 
-cdef tuple _chunks(known, bytes data, ssize_t at):
-    """As answer()."""
+cdef tuple _chunks(known, bytes data, ssize_t head):
+    """As answer(), of what comes after `head` bytes."""
     cdef const char *text = PyBytes_AS_STRING(data)
-    cdef ssize_t end = PyBytes_GET_SIZE(data), size, digits, start = at, stop = at, count = 0
+    cdef ssize_t end = PyBytes_GET_SIZE(data), at = head, start = head, stop = head, count = 0, size, digits
     cdef list pieces = None
+    cdef bytes body = data
+    cdef bytes begun = None
     while True:
+        if at == end and count > 0:
+            begun = data[:head]
+            break
         size = digits = 0
         while at < end and digits < 8 and _hex(text[at]) >= 0:
             size = size * 16 + _hex(text[at])
@@ -195,10 +200,7 @@ cdef tuple _chunks(known, bytes data, ssize_t at):
         if size == 0:
             if at + 2 != end:
                 return None
-            if pieces is not None:
-                data = b"".join(pieces)
-                start, stop = 0, PyBytes_GET_SIZE(data)
-            return known, data, start, stop
+            break
         # One chunk stays where it is.
         count += 1
         if count == 2:
@@ -207,3 +209,7 @@ cdef tuple _chunks(known, bytes data, ssize_t at):
             pieces.append(PyBytes_FromStringAndSize(text + at, size))
         start, stop = at, at + size
         at += size + 2
+    if pieces is not None:
+        body = b"".join(pieces)
+        start, stop = 0, PyBytes_GET_SIZE(body)
+    return known, body, start, stop, begun

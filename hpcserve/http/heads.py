@@ -39,9 +39,10 @@ class Heads(Protocol):
         """The strict parser has read `headers` in this head; the next time `find()` gives `known`."""
         ...
 
-    def answer(self, data: bytes) -> tuple[Any, bytes, int, int] | None:
+    def answer(self, data: bytes) -> tuple[Any, bytes, int, int, bytes | None] | None:
         """Of a known head, what was kept, and the body: in which bytes it is, from where to where. It must be
-        there to its last byte, with Content-Length or in chunks of their usual form; else None."""
+        there to its last byte, with Content-Length or in chunks of their usual form; or up to the end of a
+        chunk, and then the last value is the head as it came. Else None."""
         ...
 
 

@@ -16,6 +16,7 @@ from .response import Reader, UpstreamResponse
 
 _HEAD_LIMIT = 64 * 1024
 _WRITE_HIGH = 256 * 1024
+_LAST_CHUNK = b"0\r\n\r\n"
 
 Origin = tuple[str, int]
 
@@ -57,6 +58,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._chunked = self._inside_chunk = False
         self._ends_line = False
         """The last bytes that came were the end of a line."""
+        self._unparsed = b""
+        """The head of the answer that is coming, where only its bytes were looked at."""
         self.heard = False
         """A byte of the current answer has arrived."""
         self.idle_since = 0.0
@@ -95,9 +98,17 @@ class UpstreamConnection(asyncio.Protocol):
             return
         fresh = not self.heard and self._answers is not None and not self._is_head_request
         self.heard = True
-        if fresh and self._whole(data):
+        if fresh and self._known(data):
+            return
+        unparsed, self._unparsed = self._unparsed, b""
+        if unparsed and data == _LAST_CHUNK:
+            self._complete = True
+            self._finish(b"")
             return
         try:
+            if unparsed:
+                # Between two chunks the parser is where it is after the head.
+                self._parser.feed_data(unparsed)
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._break("protocol", f"not HTTP: {error}")
@@ -125,26 +136,35 @@ class UpstreamConnection(asyncio.Protocol):
 
     # Answers whose heads came before
 
-    def _whole(self, data: bytes) -> bool:
-        """Is this a whole answer with a head that is known? Then its reader has it now."""
-        answers = self._answers
-        if answers is None or self._reader is None:
+    def _known(self, data: bytes) -> bool:
+        """Does an answer begin here whose head is known? Then its reader has what there is of it."""
+        answers, reader = self._answers, self._reader
+        if answers is None or reader is None:
             return False
         found = answers.answer(data)
         if found is None:
             return False
-        (status, headers), body, start, stop = found
-        self._keep = self._answered = self._complete = True
-        reader = self._reader
+        (status, headers), body, start, stop, head = found
+        self._keep = self._answered = True
+        self._complete = last = head is None
         reader.head(status, headers)
-        within = getattr(reader, "end_within", None)
-        if within is None:
+        within = getattr(reader, "within", None)
+        if last and within is None:
             self._finish(body[start:stop])
-        else:
-            # What is compiled reads a body where it is.
+            return True
+        if last:
             self._reader = None
             self._finish(b"")
-            within(body, start, stop)
+        else:
+            # The parser does not have to see it, unless more comes than the last chunk.
+            self._unparsed = head or b""
+            self._status = status
+            self._bounded = self._chunked = self._ends_line = True
+        if within is None:
+            reader.feed(body[start:stop])
+        else:
+            # What is compiled reads a body where it is.
+            within(body, start, stop, last)
         return True
 
     def _learn(self, data: bytes) -> None:
@@ -154,7 +174,8 @@ class UpstreamConnection(asyncio.Protocol):
             return
         # And no 1xx before it.
         if data.startswith(b"HTTP/1.1 %d" % self._status) and answers.again(data):
-            headers = self._headers = Headers(self._headers)
+            # A copy: trailers are still to come into the parser's own list.
+            headers = Headers(self._headers)
             answers.keep(data, headers, (self._status, headers))
 
     # httptools callbacks
@@ -237,6 +258,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._is_head_request = is_head
         self._answered = self._complete = self._inside_chunk = False
         self._head_bytes = 0
+        self._unparsed = b""
         self.heard = False
         if len(request) == 1:
             self._transport.write(request[0])

@@ -23,7 +23,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport Known, add, charge, message, observe, opening, told
+from .known cimport Known, add, charge, counts, message, observe, opening, told
 from .stream.answer cimport AnswerStream
 
 cdef extern from *:
@@ -40,18 +40,6 @@ SOURCE = HPCSERVE_SOURCE.decode()
 cdef object _encode = msgspec.json.encode
 cdef object _decode = msgspec.json.decode
 cdef tuple _TRANSFERRED = ("result", "transferred")
-
-
-cdef tuple _counts(usage):
-    """As Usage.of(), where an engine told prompt and completion tokens and no more; else None."""
-    if type(usage) is not dict:
-        return None
-    prompt, completion = (<dict>usage).get("prompt_tokens"), (<dict>usage).get("completion_tokens")
-    if type(prompt) is not int or type(completion) is not int or prompt < 0 or completion < 0:
-        return None
-    if (<dict>usage).get("prompt_tokens_details") or "input_tokens_details" in <dict>usage:
-        return None
-    return None if "cache_read_input_tokens" in <dict>usage else (prompt, completion)
 
 
 cdef _load(load, double in_flight, double prefill_tokens, double kv_tokens):
@@ -144,9 +132,8 @@ cdef class Express:
         if self.computes:
             worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
-        self.request = message(
-            before, self.request_id.encode("ascii"), after, data, start, added, bool(self.given)
-        )
+        given = self.request_id.encode("ascii")
+        self.request = message(before, given, after, data, start, added, bool(self.given))
         connection = router.pool.take(origin)
         self.fresh = connection is None
         if connection is None:
@@ -161,27 +148,23 @@ cdef class Express:
         self.status, self.headers = status, headers
 
     def feed(self, bytes data):
+        self.within(data, 0, PyBytes_GET_SIZE(data), False)
+
+    def end(self, bytes last):
+        self.within(last, 0, PyBytes_GET_SIZE(last), True)
+
+    def within(self, bytes data, ssize_t start, ssize_t stop, bint last):
+        """As feed() and end(), of `data[start:stop]`."""
+        if last:
+            self.connection = None
+            self._leave_pump()
         try:
-            if self.streams:
-                self.stream.feed(data)
+            if self.streams and not last:
+                (<AnswerStream>self.stream).take(data, start, stop)
                 if self.ride is not None and self.stream.steady:
                     self.ride.board()
             else:
-                self._take(data, 0, PyBytes_GET_SIZE(data), False)
-        except EngineFault as fault:
-            self.python()._broke(fault)
-        except Exception:
-            self.python()._crashed()
-
-    def end(self, bytes last):
-        self.end_within(last, 0, PyBytes_GET_SIZE(last))
-
-    def end_within(self, bytes data, ssize_t start, ssize_t stop):
-        """The last piece of the body is `data[start:stop]`."""
-        self.connection = None
-        self._leave_pump()
-        try:
-            self._take(data, start, stop, True)
+                self._take(data, start, stop, last)
         except EngineFault as fault:
             self.python()._broke(fault)
         except Exception:
@@ -328,7 +311,7 @@ cdef class Express:
         if self.exchange.status == 200 and self.exchange.finished:
             observe(metrics.latency, <double>self.path.loop.time() - self.arrived)
         cdef long long prompt, cached, completion
-        counted = _counts(stream.usage)
+        counted = counts(stream.usage)
         gap = inter_token(stream, self.first_at) if stream.events > 1 else None
         if counted is None or gap is not None:
             usage = Usage.of(stream.usage)

@@ -20,6 +20,7 @@ cdef class Known:
 cdef add(cell, double amount)
 cdef charge(queue, identity, double cost)
 cdef observe(histogram, double value)
+cdef tuple counts(usage)
 cdef tuple told(headers)
 cdef bytes opening(bytes head, bytes given, bytes text, bint last)
 cdef tuple message(bytes before, bytes given, bytes after, bytes data, ssize_t start, bytes added, bint more)

@@ -101,6 +101,18 @@ cdef observe(histogram, double value):
     histogram.sum = <double>histogram.sum + value
 
 
+cdef tuple counts(usage):
+    """As Usage.of(), where an engine told prompt and completion tokens and no more; else None."""
+    if type(usage) is not dict:
+        return None
+    prompt, completion = (<dict>usage).get("prompt_tokens"), (<dict>usage).get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int or prompt < 0 or completion < 0:
+        return None
+    if (<dict>usage).get("prompt_tokens_details") or "input_tokens_details" in <dict>usage:
+        return None
+    return None if "cache_read_input_tokens" in <dict>usage else (prompt, completion)
+
+
 cdef tuple told(headers):
     """Of an engine's headers: are they those of a stream; and the client's head, up to the request's id."""
     found = headers.told if type(headers) is Headers else None

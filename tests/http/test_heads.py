@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import httptools
@@ -14,6 +15,7 @@ from hpcserve.http.compiled import compiled
 from hpcserve.http.connection import Connection
 from hpcserve.http.exchange import Exchange
 from hpcserve.http.limits import Limits
+from hpcserve.http.upstream import UpstreamConnection
 
 from .corpus import ALL
 from .mutations import Mutator
@@ -219,6 +221,99 @@ def test_answers_are_those_of_the_parser(
             assert put or cut
             continue
         read = Answer(data)
-        known, text, start, stop = found
+        known, text, start, stop, head = found
         assert (known, text[start:stop]) == (kind, read.body)
-        assert (read.begun, read.ended) == (1, 1)
+        assert (read.begun, read.ended) == (1, int(head is None))
+        if head is not None:
+            # Then the parser could go on from there as if it had seen all.
+            more = b"3\r\nend\r\n0\r\n\r\n"
+            rest, full = Answer(head + more), Answer(data + more)
+            assert (rest.body, rest.begun, rest.ended) == (b"end", 1, 1)
+            assert (full.body, full.begun, full.ended) == (read.body + b"end", 1, 1)
+
+
+class Upstream:
+    """A connection to an engine, its pool, its transport and its reader."""
+
+    def __init__(self, answers: Any, *, within: bool) -> None:
+        self.answers = answers
+        self.within = self.part if within else None
+        """Which a reader may have, or not."""
+        self.seen: list[Any] = []
+        self.body = b""
+        self.connection = UpstreamConnection(self, ("engine", 1))
+        self.connection.connection_made(self)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: None
+
+    def is_closing(self) -> bool:
+        return False
+
+    def put(self, connection: Any, origin: Any) -> None:
+        self.seen.append("pooled")
+
+    def abort(self) -> None:
+        self.seen.append("closed")
+
+    def head(self, status: int, headers: list[Any]) -> None:
+        self.seen += [status, list(headers)]
+
+    def feed(self, data: bytes) -> None:
+        self.body += data
+
+    def end(self, last: bytes) -> None:
+        self.body += last
+        self.seen.append("end")
+
+    def part(self, data: bytes, start: int, stop: int, last: bool) -> None:
+        (self.end if last else self.feed)(data[start:stop])
+
+    def fail(self, error: Exception) -> None:
+        self.seen.append("failed")
+
+    def answer(self, pieces: list[bytes]) -> tuple[list[Any], bytes]:
+        """What all of them see of one answer, and its body."""
+        self.seen, self.body = [], b""
+        self.connection.ask((b"GET",), self)
+        for piece in pieces:
+            if piece:
+                self.connection.data_received(piece)
+        return self.seen, self.body
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.binary(min_size=1, max_size=30), max_size=4),
+            st.sampled_from(
+                (b"0\r\n\r\n",) * 6 + (b"0;a\r\n\r\n", b"0\r\nx: y\r\n\r\n", b"", b"x", b"0\r\n\r\nHTTP")
+            ),
+            st.lists(st.integers(0, 200), max_size=3),
+            st.booleans(),
+        ),
+        min_size=3,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+def test_a_connection_hands_on_the_same_with_heads_it_knows(
+    answers: list[tuple[list[bytes], bytes, list[int], bool]], within: bool
+) -> None:
+    ours, theirs = Upstream(cache.Heads(), within=within), Upstream(None, within=False)
+    whole = ANSWER + b"1\r\nx\r\n0\r\n\r\n"
+    for _ in range(2):
+        assert ours.answer([whole]) == theirs.answer([whole])
+    assert len(ours.answers) == 1
+    for chunks, last, cuts, at_chunks in answers:
+        framed = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
+        pieces = [ANSWER + b"".join(framed[:1]), *framed[1:], last]
+        if not at_chunks:
+            data = b"".join(pieces)
+            places = [0, *sorted(cuts), len(data)]
+            pieces = [data[start:stop] for start, stop in itertools.pairwise(places)]
+        found = ours.answer(pieces)
+        assert found == theirs.answer(pieces)
+        if "pooled" not in found[0] or "closed" in found[0]:
+            break

@@ -6,7 +6,9 @@ younger than the chunks after it, so what is left of a prompt is its beginning, 
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
+from typing import Any
 
 from ...http.compiled import compiled
 
@@ -69,6 +71,8 @@ class Predicted:
 
     def __init__(self, *, most: int) -> None:
         self._most = most
+        loops = _loops()
+        self._leading, self._mark, self._unmark = loops.leading, loops.mark, loops.unmark
         self._caches: dict[int, _Cache] = {}
         self._capacity: dict[int, float] = {}
         # One integer for each worker: 512 bits take 100 bytes, and most chunks lie on one worker.
@@ -93,10 +97,10 @@ class Predicted:
         if cache is None:
             cache = self._caches[number] = _Cache(number)
         masks, bit = self.masks, cache.bit
-        seen = _leading(masks, chain, -1, len(chain))
-        had = _leading(masks, chain, bit, seen)
+        seen: int = self._leading(masks, chain, -1, len(chain))
+        had = self._leading(masks, chain, bit, seen)
         cache.use(chain, had)
-        added = _mark(masks, chain, had, bit)
+        added = self._mark(masks, chain, had, bit)
         cache.size += added
         self._size += added
         room = max(int(self._capacity.get(number, UNKNOWN_CAPACITY) / max(chunk_tokens, 1.0)), 1)
@@ -121,7 +125,7 @@ class Predicted:
             name = next(iter(runs))
             run = runs[name]
             keep = max(len(run) - (size - most), 0)
-            size -= _unmark(masks, run, keep, bit)
+            size -= self._unmark(masks, run, keep, bit)
             if keep:
                 runs[name] = run[:keep]
             else:
@@ -182,10 +186,9 @@ def unmark(masks: dict[int, int], chain: tuple[int, ...], start: int, bit: int) 
     return had
 
 
-_compiled = compiled("router.kv.marks", "where long prompts are cached")
-_mark = mark if _compiled is None else _compiled.mark
-_unmark = unmark if _compiled is None else _compiled.unmark
-_leading = leading if _compiled is None else _compiled.leading
+def _loops() -> Any:
+    """`leading`, `mark` and `unmark`: compiled, or those above."""
+    return compiled("router.kv.marks", "noting where prompts are cached") or sys.modules[__name__]
 
 
 class InFlight:
@@ -193,13 +196,14 @@ class InFlight:
 
     def __init__(self, *, ttl: float) -> None:
         self._ttl = ttl
+        self._mark = _loops().mark
         self._turned = 0.0
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}
 
     def add(self, number: int, chain: tuple[int, ...], now: float) -> None:
         self.turn(now)
-        _mark(self._new, chain, 0, 1 << number)
+        self._mark(self._new, chain, 0, 1 << number)
 
     def get(self, chunk: int) -> int:
         return self._new.get(chunk, 0) | self._old.get(chunk, 0)

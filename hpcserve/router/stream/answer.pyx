@@ -37,9 +37,8 @@ cdef tuple _IN_CHAT = marks_of(True), _IN_TEXT = marks_of(False)
 cdef dict _quiet_chats = {}, _quiet_texts = {}
 """Events that only open an answer, from behind their heads on: they were parsed once, and say no more."""
 cdef bytes _DONE = b"data: [DONE]\n\n"
-
-
 cdef enum:
+    MANY = 4096  # bytes of ids that are not copied
     LONGEST_QUIET = 512
     MOST_QUIET = 64
     OTHER = 0
@@ -212,7 +211,7 @@ cdef class AnswerStream:
     cdef bytes _unusual(self, bytes data, ssize_t start, ssize_t end):
         cdef const char *text = PyBytes_AS_STRING(data)
         cdef bytes event, quiet = None
-        cdef ssize_t at, close, head
+        cdef ssize_t at, close, head, stop
         self.steady = False
         cdef int known = self._known(text + start, end - start)
         if known == USED:
@@ -234,8 +233,9 @@ cdef class AnswerStream:
             # Out of it before decoding: there can be tens of thousands.
             close = _find(text, at, end, b"]", 1)
             if self._on_prompt_ids is not None:
-                # Seldom does anybody want them, so they stay where they are.
-                raw = memoryview(data)[at + 20:close if close >= 0 else end - 1]
+                stop = close if close >= 0 else end - 1
+                # Seldom does anybody want them: many stay where they are.
+                raw = data[at + 20:stop] if stop - at < MANY else memoryview(data)[at + 20:stop]
                 if self._on_prompt_ids(raw):
                     self._prompt_ids = raw
             if self._keep_ids:
