@@ -15,12 +15,21 @@ Kept = TypeVar("Kept")
 class Headers(list[Header]):
     """An answer's headers, the same object each time this head comes again."""
 
-    __slots__ = ("told",)
+    __slots__ = ("_length_at", "told")
 
     def __init__(self, headers: Sequence[Header]) -> None:
         super().__init__(headers)
+        names = [name for name, _ in headers]
+        self._length_at = names.index(b"content-length") if b"content-length" in names else -1
         self.told: Any = None
         """What a reader has made of them, for the next time."""
+
+    def of_length(self, size: int) -> list[Header]:
+        """Those of an answer with this head and a body of `size` bytes, for which a head is known."""
+        at, digits = self._length_at, b"%d" % size
+        if at < 0 or self[at][1] == digits:
+            return self
+        return [*self[:at], (b"content-length", digits), *self[at + 1 :]]
 
 
 class Heads(Protocol):

@@ -147,7 +147,7 @@ class UpstreamConnection(asyncio.Protocol):
         (status, headers), body, start, stop, head = found
         self._keep = self._answered = True
         self._complete = last = head is None
-        reader.head(status, headers)
+        reader.head(status, headers.of_length(stop - start))
         within = getattr(reader, "within", None)
         if last and within is None:
             self._finish(body[start:stop])

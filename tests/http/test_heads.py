@@ -317,3 +317,14 @@ def test_a_connection_hands_on_the_same_with_heads_it_knows(
         assert found == theirs.answer(pieces)
         if "pooled" not in found[0] or "closed" in found[0]:
             break
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_an_answer_with_a_known_head_has_its_own_length(within: bool) -> None:
+    ours, theirs = Upstream(cache.Heads(), within=within), Upstream(None, within=False)
+    for size in (7, 7, 7, 70_000, 0, 12, 7):
+        whole = SIZED % size + b"x" * size
+        found = ours.answer([whole])
+        assert found == theirs.answer([whole])
+        assert (b"content-length", b"%d" % size) in found[0][1]
+    assert len(ours.answers) == 1
