@@ -23,7 +23,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport Known, add, charge, counts, message, observe, opening, told
+from .known cimport add, charge, counts, message, observe, opening, told
 from .stream.answer cimport AnswerStream
 
 cdef extern from *:

@@ -18,7 +18,7 @@ from ..http.errors import HttpError
 from .call import REQUEST_ID_HEADERS, request_id
 from .demand import Demand
 from .disaggregated import needs_local_prefill
-from .keys.identity import BATCH, INTERACTIVE, NO_LIMITS
+from .keys.identity import NO_LIMITS
 from .prompt import CHUNK, LIMITS, PLAIN_SPACE, PROBE, PROBE_EVERY, SELDOM
 from .routes import CHAT, COMPLETIONS
 from .admission.budgets import NEWEST
@@ -294,7 +294,7 @@ cdef class Lane:
         return meant
 
     cdef bint _usual(self, dict fields) except -1:
-        """As `fast_path.usual()`."""
+        """As `fast_path._usual()`."""
         raw = fields.get("stream")
         if raw is None or not _is(raw, b"true", 4):
             return False

@@ -1,3 +1,6 @@
+from .shapes cimport Last
+
+
 cdef class AnswerStream:
     cdef object _write
     cdef object _on_prompt_ids
@@ -29,7 +32,7 @@ cdef class AnswerStream:
     cdef _several(self, bytes data, ssize_t start, ssize_t end)
     cdef bytes _event(self, bytes data, ssize_t start, ssize_t end)
     cdef bytes _unusual(self, bytes data, ssize_t start, ssize_t end)
-    cdef int _known(self, const char *event, ssize_t size)
+    cdef int _known(self, const char *event, ssize_t size, Last *found)
     cdef _open(self, bytes event)
     cdef bint _is_quiet(self, chunk, bytes event) except -1
     cdef _remember(self, bytes quiet)

@@ -213,12 +213,14 @@ cdef class AnswerStream:
         cdef bytes event, quiet = None
         cdef ssize_t at, close, head, stop
         self.steady = False
-        cdef int known = self._known(text + start, end - start)
+        cdef Last found
+        cdef int known = self._known(text + start, end - start, &found)
         if known == USED:
             return data[start:end] if self.wants_usage else b""
         if known == ENDED:
-            event = data[start:end]
-            return event if self._keep_ids else without_ids(event)
+            if self._keep_ids or found.ids < 0:
+                return data[start:end]
+            return data[start:start + found.ids - 1] + b"null" + data[start + found.ids_end + 1:end]
         if end - start < 7 or memcmp(text + start, b"data: {", 7) != 0:
             event = PyBytes_FromStringAndSize(text + start, end - start)
             if not event.startswith(b"data:"):
@@ -281,10 +283,10 @@ cdef class AnswerStream:
             return event
         return without_ids(event)
 
-    cdef int _known(self, const char *event, ssize_t size):
-        """OTHER: nothing was done about it. Else it has a form that `shapes` knows, and was taken in."""
+    cdef int _known(self, const char *event, ssize_t size, Last *found):
+        """OTHER: nothing was done about it. Else it has a form that `shapes` knows, and was taken in; ENDED: its
+        parts are in `found`."""
         cdef long long used[3]
-        cdef Last found
         cdef ssize_t at = head_end(event, size)
         cdef bytes ids
         if at < 0:
@@ -292,7 +294,7 @@ cdef class AnswerStream:
         if usage(event, at, size, used):
             self.usage = {"prompt_tokens": used[0], "total_tokens": used[1], "completion_tokens": used[2]}
             return USED
-        if not self.head or not last(event, at, size, self._mark, self._close, &found):
+        if not self.head or not last(event, at, size, self._mark, self._close, found):
             return OTHER
         if found.ids >= 0:
             ids = PyBytes_FromStringAndSize(event + found.ids, found.ids_end - found.ids)

@@ -9,6 +9,7 @@ import pytest
 
 from hpcserve.config.model import Role
 from hpcserve.http.compiled import compiled
+from hpcserve.router.demand import Demand
 from hpcserve.router.kv.match import Match
 from hpcserve.router.placement.facts import EngineFacts
 from hpcserve.router.placement.placer import Placer
@@ -39,6 +40,13 @@ def random_pool(dice: random.Random, count: int, role: Role = "aggregated") -> A
     return pool
 
 
+def random_demand(dice: random.Random) -> Demand:
+    return demand(
+        dice.randrange(0, 30_000), key=1000 * dice.randrange(4), session=dice.choice((None, "a", "b")),
+        chunks=dice.choice((1, 10, 100)),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_both_decide_alike(seed: int) -> None:
     dice = random.Random(seed)
@@ -58,10 +66,7 @@ def test_both_decide_alike(seed: int) -> None:
     theirs._policy._choose = None  # type: ignore[attr-defined]
     now = 1.0
     for step in range(30):
-        asked = demand(
-            dice.randrange(0, 30_000), key=1000 * dice.randrange(4), session=dice.choice((None, "a", "b")),
-            chunks=dice.choice((1, 10, 100)),
-        )  # fmt: skip
+        asked = random_demand(dice)
         now += dice.choice((0.0, 0.01, 2.0))
         outcomes = []
         for placer, pool in ((ours, first), (theirs, second)):
@@ -101,10 +106,7 @@ def test_both_choose_the_same_pair(seed: int) -> None:
     theirs._policy._choose_pair = theirs._policy._choose = None  # type: ignore[attr-defined]
     now = 1.0
     for step in range(30):
-        asked = demand(
-            dice.randrange(0, 30_000), key=1000 * dice.randrange(4), session=dice.choice((None, "a", "b")),
-            chunks=dice.choice((1, 10, 100)),
-        )  # fmt: skip
+        asked = random_demand(dice)
         now += dice.choice((0.0, 0.01, 2.0))
         outcomes = []
         for placer, prefill, decode in ways:
