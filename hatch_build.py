@@ -24,6 +24,7 @@ MODULES = (
     "hpcserve.router.placement.lowest",
     "hpcserve.router.reading",
     "hpcserve.router.stream.answer",
+    "hpcserve.router.stream.gate",
     "hpcserve.router.stream.pump",
     "hpcserve.router.stream.shapes",
 )

@@ -16,6 +16,8 @@ from posix.unistd cimport close
 
 import os
 
+from .gate cimport Gate
+
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int socket, void *data, size_t size, int flags)
     ssize_t send(int socket, const void *data, size_t size, int flags)
@@ -304,6 +306,7 @@ cdef class Pump:
 
     cdef int _epoll
     cdef dict _lines
+    cdef Gate _gate
 
     def __init__(self):
         """Raises OSError."""
@@ -311,6 +314,7 @@ cdef class Pump:
         self._epoll = epoll_create1(EPOLL_CLOEXEC)
         if self._epoll < 0:
             raise OSError(errno, os.strerror(errno))
+        self._gate = Gate(self._epoll)
 
     def __dealloc__(self):
         if self._epoll >= 0:
@@ -320,7 +324,7 @@ cdef class Pump:
         return len(self._lines)
 
     def fileno(self):
-        return self._epoll
+        return self._gate.fileno()
 
     def add(self, Line line):
         """From now on it is carried here, and nobody else may read its source. Raises OSError."""
@@ -351,3 +355,4 @@ cdef class Pump:
                 # First: its connection may carry the next stream before `back` returns.
                 self.remove(line)
                 line._back(line._unread, line._unsent)
+        self._gate.came(found)

@@ -13,7 +13,8 @@ from .generated import GeneratedStream
 
 def compiled() -> Any | None:
     """The module `pump`; None, with a warning, where it can't be used: streams then go by the event loop."""
-    return module("router.stream.pump", "each stream")
+    gate = module("router.stream.gate", "each stream")
+    return None if gate is None else module("router.stream.pump", "each stream")
 
 
 class Pumping:
