@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -11,7 +13,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     output_tokens: int
     """Expected length of the answer; never above what the request allows."""
-    chain: tuple[int, ...] = ()
+    chain: Sequence[int] = ()
     """One 64-bit hash per chunk of the prompt, each over all before it; () when nothing can be reused."""
     chunk_tokens: float = 0.0
     """Tokens in one chunk of `chain`."""

@@ -51,7 +51,7 @@ def lane(path: FastPath) -> Any | None:
     if known is None:
         return None
     module = None
-    for name in ("stream.shapes", "stream.answer", "known", "reading", "express", "lane"):
+    for name in ("stream.shapes", "stream.answer", "known", "kv.marks", "reading", "express", "lane"):
         module = compiled_module(f"router.{name}", "each request")
         if module is None:
             return None

@@ -358,7 +358,7 @@ cdef class Lane:
         cdef const char *text = <const char *>view.buf
         cdef ssize_t size = view.len - 1
         cdef bint unusual = (name == "prompt" and size > 0 and text[0] == 91) or _may_hold_base64(text, size)
-        cdef tuple chain = ()
+        chain = ()
         try:
             if not unusual and size >= _chunk:
                 chain = links(text, size, PLAIN_SPACE)

@@ -9,8 +9,6 @@ and msgspec reads the body without them. What it says of that holds for the whol
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.ref cimport Py_INCREF
-from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from libc.string cimport memchr, memcpy
 
 import msgspec
@@ -18,6 +16,8 @@ from xxhash import xxh3_64_intdigest
 
 from .call import Raw
 from .prompt import CHUNK, MOST_CHUNKS
+
+from .kv.marks cimport Chain, new_chain
 
 cdef extern from *:
     """
@@ -201,18 +201,17 @@ cdef class _Window:
         PyBuffer_FillInfo(view, self, <void *>self.text, _chunk, True, flags)
 
 
-cdef tuple links(const char *text, ssize_t size, seed):
+cdef Chain links(const char *text, ssize_t size, seed):
     """As `prompt.chain()`."""
     cdef ssize_t count = size // _chunk, at
     if count > _most_chunks:
         count = _most_chunks
-    cdef tuple chain = PyTuple_New(count)
+    cdef Chain chain = new_chain(count)
     cdef _Window window = _Window.__new__(_Window)
     for at in range(count):
         window.text = text + at * _chunk
         seed = _hash(window, seed)
-        Py_INCREF(seed)
-        PyTuple_SET_ITEM(chain, at, seed)
+        chain.chunks[at] = seed
     return chain
 
 

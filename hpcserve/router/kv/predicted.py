@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...http.compiled import compiled
@@ -23,11 +24,12 @@ class _Cache:
     leaves a run, the next one it goes on with begins.
     """
 
-    __slots__ = ("bit", "first", "names", "runs", "size")
+    __slots__ = ("_shared", "first", "names", "number", "runs", "size")
 
-    def __init__(self, number: int) -> None:
-        self.bit = 1 << number
-        self.runs: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+    def __init__(self, number: int, shared: Callable[[Sequence[int], Sequence[int], int], int]) -> None:
+        self._shared = shared
+        self.number = number
+        self.runs: OrderedDict[int, Sequence[int]] = OrderedDict()
         """By name, the one used last at the end. Of a run's chunks the first is the youngest."""
         self.first: dict[int, int] = {}
         """First chunk of each run -> the run's name."""
@@ -36,7 +38,7 @@ class _Cache:
         self.size = 0
         """Chunks."""
 
-    def use(self, chain: tuple[int, ...], had: int) -> None:
+    def use(self, chain: Sequence[int], had: int) -> None:
         """Make `chain` the youngest run, taken out of others as far as its first `had` chunks are in some."""
         name = -1
         at = 0
@@ -47,7 +49,7 @@ class _Cache:
                 at += 1
                 continue
             run = self.runs[owner]
-            shared = _shared(run, chain, at)
+            shared = self._shared(run, chain, at)
             del self.first[run[0]]
             if shared < len(run):
                 self.runs[owner] = run[shared:]
@@ -71,13 +73,14 @@ class Predicted:
 
     def __init__(self, *, most: int) -> None:
         self._most = most
-        loops = _loops()
-        self._leading, self._mark, self._unmark = loops.leading, loops.mark, loops.unmark
+        way = _way()
+        self._shared = way.shared
+        self._marks = way.Marks()
+        self.items = self._marks.items
+        self.get: Callable[[int, int], int] = self._marks.get
+        """A chunk's bits, one for each worker's number that should hold it; or what is given for none."""
         self._caches: dict[int, _Cache] = {}
         self._capacity: dict[int, float] = {}
-        # One integer for each worker: 512 bits take 100 bytes, and most chunks lie on one worker.
-        self.masks: dict[int, int] = {}
-        """Chunk -> bit for each worker's number."""
         self._size = 0
         self.evicted = 0
         """Entries that the bound, not a worker's size, has cost so far."""
@@ -88,19 +91,19 @@ class Predicted:
     def capacity(self, number: int, tokens: float) -> None:
         self._capacity[number] = tokens
 
-    def add(self, number: int, chain: tuple[int, ...], chunk_tokens: float) -> int:
+    def add(self, number: int, chain: Sequence[int], chunk_tokens: float) -> int:
         """The worker has computed or received this prompt, or will have soon.
 
         Returns how many of its leading chunks some worker should have held before.
         """
         cache = self._caches.get(number)
         if cache is None:
-            cache = self._caches[number] = _Cache(number)
-        masks, bit = self.masks, cache.bit
-        seen: int = self._leading(masks, chain, -1, len(chain))
-        had = self._leading(masks, chain, bit, seen)
+            cache = self._caches[number] = _Cache(number, self._shared)
+        marks = self._marks
+        seen: int = marks.leading(chain, None, len(chain))
+        had = marks.leading(chain, number, seen)
         cache.use(chain, had)
-        added = self._mark(masks, chain, had, bit)
+        added = marks.mark(chain, had, number)
         cache.size += added
         self._size += added
         room = max(int(self._capacity.get(number, UNKNOWN_CAPACITY) / max(chunk_tokens, 1.0)), 1)
@@ -119,13 +122,13 @@ class Predicted:
             self._shrink(cache, 0)
 
     def _shrink(self, cache: _Cache, most: int) -> None:
-        masks, bit, runs = self.masks, cache.bit, cache.runs
+        marks, runs = self._marks, cache.runs
         size = cache.size
         while size > most and runs:
             name = next(iter(runs))
             run = runs[name]
             keep = max(len(run) - (size - most), 0)
-            size -= self._unmark(masks, run, keep, bit)
+            size -= marks.unmark(run, keep, cache.number)
             if keep:
                 runs[name] = run[:keep]
             else:
@@ -136,58 +139,74 @@ class Predicted:
         cache.size = size
 
 
-def _shared(run: tuple[int, ...], chain: tuple[int, ...], at: int) -> int:
-    """How many chunks of `run` are those of `chain` from `at` on; the first is."""
-    if chain[at : at + len(run)] == run:
+class Marks:
+    """Chunk -> which workers it is marked for, by number."""
+
+    def __init__(self) -> None:
+        # One integer for each chunk: 512 bits take 100 bytes, and most chunks lie on one worker.
+        self._masks: dict[int, int] = {}
+        self.items = self._masks.items
+        self.get = self._masks.get
+        """The mask of a chunk: a bit for each worker's number."""
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def leading(self, chain: Sequence[int], number: int | None, most: int) -> int:
+        """How many of the first `most` chunks are marked for worker `number`; None: for any."""
+        masks, bits = self._masks, -1 if number is None else 1 << number
+        if not most or not masks.get(chain[0], 0) & bits:
+            return 0
+        if masks.get(chain[most - 1], 0) & bits:
+            return most
+        low, high = 1, most - 1
+        while low < high:
+            middle = (low + high) // 2
+            if masks.get(chain[middle], 0) & bits:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def mark(self, chain: Sequence[int], start: int, number: int) -> int:
+        """Mark the chunks from `start` on; returns how many were not."""
+        masks, bit = self._masks, 1 << number
+        added = 0
+        for chunk in chain[start:]:
+            before = masks.get(chunk, 0)
+            if not before & bit:
+                masks[chunk] = before | bit
+                added += 1
+        return added
+
+    def unmark(self, chain: Sequence[int], start: int, number: int) -> int:
+        """Take the mark from the chunks from `start` on; returns how many had it."""
+        masks, bit = self._masks, 1 << number
+        had = 0
+        for chunk in chain[start:]:
+            before = masks.get(chunk, 0)
+            if before & bit:
+                had += 1
+                if before == bit:
+                    del masks[chunk]
+                else:
+                    masks[chunk] = before & ~bit
+        return had
+
+
+def shared(run: Sequence[int], chain: Sequence[int], start: int) -> int:
+    """How many chunks at the beginning of `run` are those of `chain` from `start` on."""
+    if chain[start : start + len(run)] == run:
         return len(run)
-    shared = 1
-    most = min(len(run), len(chain) - at)
-    while shared < most and run[shared] == chain[at + shared]:
-        shared += 1
-    return shared
+    count = 0
+    most = min(len(run), len(chain) - start)
+    while count < most and run[count] == chain[start + count]:
+        count += 1
+    return count
 
 
-def leading(masks: dict[int, int], chain: tuple[int, ...], bits: int, most: int) -> int:
-    """How many of the first `most` chunks have any of `bits`."""
-    if not most or not masks.get(chain[0], 0) & bits:
-        return 0
-    if masks.get(chain[most - 1], 0) & bits:
-        return most
-    low, high = 1, most - 1
-    while low < high:
-        middle = (low + high) // 2
-        if masks.get(chain[middle], 0) & bits:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def mark(masks: dict[int, int], chain: tuple[int, ...], start: int, bit: int) -> int:
-    """Set `bit` for the chunks from `start` on; returns for how many it was not."""
-    before, joined = len(masks), 0
-    for chunk in chain[start:]:
-        holders = masks.setdefault(chunk, bit)
-        if holders != bit and not holders & bit:
-            masks[chunk] = holders | bit
-            joined += 1
-    return len(masks) - before + joined
-
-
-def unmark(masks: dict[int, int], chain: tuple[int, ...], start: int, bit: int) -> int:
-    """Take `bit` from the chunks from `start` on; returns how many had it. A chunk without bits goes."""
-    had = 0
-    for chunk in chain[start:]:
-        holders = masks.pop(chunk, 0)
-        if holders & bit:
-            had += 1
-        if holders & ~bit:
-            masks[chunk] = holders & ~bit
-    return had
-
-
-def _loops() -> Any:
-    """`leading`, `mark` and `unmark`: compiled, or those above."""
+def _way() -> Any:
+    """`Marks` and `shared`: compiled, or those above."""
     return compiled("router.kv.marks", "noting where prompts are cached") or sys.modules[__name__]
 
 
@@ -196,27 +215,25 @@ class InFlight:
 
     def __init__(self, *, ttl: float) -> None:
         self._ttl = ttl
-        self._mark = _loops().mark
+        self._made = _way().Marks
         self._turned = 0.0
-        self._new: dict[int, int] = {}
-        self._old: dict[int, int] = {}
+        self._new, self._old = self._made(), self._made()
 
-    def add(self, number: int, chain: tuple[int, ...], now: float) -> None:
+    def add(self, number: int, chain: Sequence[int], now: float) -> None:
         self.turn(now)
-        self._mark(self._new, chain, 0, 1 << number)
+        self._new.mark(chain, 0, number)
 
     def get(self, chunk: int) -> int:
-        return self._new.get(chunk, 0) | self._old.get(chunk, 0)
+        found: int = self._new.get(chunk, 0) | self._old.get(chunk, 0)
+        return found
 
     def turn(self, now: float) -> None:
         """Let go of what is too old."""
         if now - self._turned >= self._ttl:
-            self._old = self._new if now - self._turned < 2 * self._ttl else {}
-            self._new = {}
+            self._old = self._new if now - self._turned < 2 * self._ttl else self._made()
+            self._new = self._made()
             self._turned = now
 
     def forget(self, number: int) -> None:
-        keep = ~(1 << number)
-        for chunks in (self._new, self._old):
-            for chunk, mask in list(chunks.items()):
-                chunks[chunk] = mask & keep
+        for marks in (self._new, self._old):
+            marks.unmark([chunk for chunk, _ in marks.items()], 0, number)

@@ -145,7 +145,7 @@ class Residency:
     def _confirmed(self, chain: Sequence[int], known: int, tiers: int) -> dict[str, int]:
         """How many of the first `known` chunks workers hold in the `tiers` fastest memories."""
         unit_of, holders, in_flight = self._translation.get, self._holders.get, self._in_flight.get
-        predicted, sources, workers = self._predicted.masks, self._live_sources, self._live_workers
+        predicted, sources, workers = self._predicted.get, self._live_sources, self._live_workers
 
         def holding(at: int) -> int:
             chunk = chain[at]
@@ -154,25 +154,25 @@ class Residency:
             mask = bits & ALL
             for tier in range(1, tiers):
                 mask |= (bits >> tier * IDS) & ALL
-            return mask & sources | in_flight(chunk) & workers | predicted.get(chunk, 0) & ~workers
+            return mask & sources | in_flight(chunk) & workers | predicted(chunk, 0) & ~workers
 
         return self._counts(holding, known)
 
     def _guessed(self, chain: Sequence[int], start: int, held: Mapping[str, int]) -> dict[str, int]:
         """How many chunks after `start` were sent to the workers that hold all before."""
-        masks = self._predicted.masks
+        marks = self._predicted.get
         allowed = -1
         if start:
             allowed = self._allowed(tuple([name for name, count in held.items() if count == start]))
-        first = masks.get(chain[start], 0) & allowed
+        first = marks(chain[start], 0) & allowed
         if not first:
             return {}
-        if masks.get(chain[-1], 0) & allowed == first:
+        if marks(chain[-1], 0) & allowed == first:
             # A prompt that comes again.
             return dict.fromkeys(self._numbers.names(first), len(chain) - start)
 
         def holding(at: int) -> int:
-            return masks.get(chain[start + at], 0) & allowed
+            return marks(chain[start + at], 0) & allowed
 
         return self._counts(holding, len(chain) - start)
 
@@ -333,7 +333,7 @@ class Residency:
             self._holders.sweep()
         return self._numbers.take(worker)
 
-    def _predict(self, worker: str, chain: tuple[int, ...], chunk_tokens: float, now: float) -> int:
+    def _predict(self, worker: str, chain: Sequence[int], chunk_tokens: float, now: float) -> int:
         """Returns how many leading chunks were predicted somewhere before."""
         number = self._number(worker)
         seen = self._predicted.add(number, chain, chunk_tokens)

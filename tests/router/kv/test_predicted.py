@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -78,7 +79,7 @@ def loops(request: pytest.FixtureRequest) -> Iterator[None]:
     """Either way of going over a prompt's chunks."""
     module = reference if request.param == "python" else marks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_loops", lambda: module)
+        patch.setattr(reference, "_way", lambda: module)
         yield
 
 
@@ -100,7 +101,7 @@ def test_chunks_go_in_the_order_of_their_last_use(
             predicted.forget(number)
             model.caches.pop(number, None)
             model.capacity.pop(number, None)
-        assert predicted.masks == model.masks
+        assert dict(predicted.items()) == model.masks
         assert len(predicted) == sum(map(len, model.caches.values()))
         for number, cache in predicted._caches.items():
             # Every chunk is in one run, and every run is found by its first chunk.
@@ -118,30 +119,79 @@ def test_hashes_that_are_the_same_by_chance_break_nothing(
         predicted.capacity(number, 8 * CHUNK_TOKENS)
     for number, chunks in told:
         predicted.add(number, tuple(chunks), CHUNK_TOKENS)
-        assert len(predicted) == sum(mask.bit_count() for mask in predicted.masks.values()) <= 24
+        assert len(predicted) == sum(mask.bit_count() for _, mask in predicted.items()) <= 24
     for number in range(3):
         predicted.forget(number)
-    assert len(predicted) == 0 and not predicted.masks
+    assert len(predicted) == 0 and not predicted.items()
 
 
-bits = st.sampled_from((1, 2, 4, 1 << 62, 1 << 63, 1 << 64, 1 << 511))
+numbers = st.sampled_from((0, 1, 2, 62, 63, 64, 511, 8191))
+chunks = st.integers(0, 12) | st.integers((1 << 64) - 3, (1 << 64) - 1) | st.integers(0, (1 << 64) - 1)
+chains = st.lists(chunks, max_size=9)
 
 
 @given(
-    st.dictionaries(st.integers(0, 12), st.one_of(bits, st.integers(0, 7), st.just((1 << 70) + 2))),
-    st.lists(st.integers(0, 12), max_size=9).map(tuple),
-    bits,
-    st.integers(0, 9),
+    st.lists(st.tuples(st.sampled_from(("mark", "unmark", "leading")), chains, numbers, st.integers(0, 9)))
 )
-def test_compiled_loops_do_as_the_python_ones(
-    masks: dict[int, int], chain: tuple[int, ...], bit: int, start: int
-) -> None:
+def test_compiled_marks_are_those_of_python(told: list[tuple[str, list[int], int, int]]) -> None:
+    ours, theirs = marks.Marks(), reference.Marks()
+    for what, chain, number, most in told:
+        most = min(most, len(chain))
+        compiled_chain = marks.Chain(chain)
+        if what == "leading":
+            for of in (number, None):
+                assert ours.leading(compiled_chain, of, most) == theirs.leading(chain, of, most)
+        else:
+            found = getattr(ours, what)(compiled_chain, most, number)
+            assert found == getattr(theirs, what)(chain, most, number)
+        assert dict(ours.items()) == dict(theirs.items())
+        assert len(ours) == len(theirs)
+        for chunk in chain:
+            assert ours.get(chunk) == theirs.get(chunk, 0)
+            assert ours.get(chunk, None) == theirs.get(chunk)
+
+
+def test_a_table_of_many_chunks_keeps_them_all_and_lets_go_of_all() -> None:
+    ours, dice = marks.Marks(), random.Random(5)
+    chain = [dice.getrandbits(64) for _ in range(20_000)]
+    assert ours.mark(chain, 0, 3) == len(ours) == 20_000
+    assert ours.mark(chain[::2], 0, 700) == 10_000
+    assert all(ours.get(chunk) == 8 for chunk in chain[1::2])
+    assert all(ours.get(chunk) == 8 | 1 << 700 for chunk in chain[::2])
+    assert ours.unmark(chain, 0, 3) == 20_000
+    assert len(ours) == 10_000
+    assert ours.unmark(chain, 0, 700) == 10_000
+    assert len(ours) == 0 and not ours.items()
+    assert not any(map(ours.get, chain))
+
+
+@given(chains, chains, st.integers(0, 9))
+def test_what_two_chains_share(run: list[int], chain: list[int], start: int) -> None:
     start = min(start, len(chain))
-    for name in ("mark", "unmark"):
-        ours, theirs = dict(masks), dict(masks)
-        found = getattr(marks, name)(ours, chain, start, bit)
-        assert found == getattr(reference, name)(theirs, chain, start, bit)
-        assert ours == theirs
-    for any_of in (bit, -1):
-        found = marks.leading(masks, chain, any_of, start)
-        assert found == reference.leading(masks, chain, any_of, start)
+    for given_chain in (chain, chain[:start] + run, chain[:start] + run[:3] + chain):
+        found = marks.shared(marks.Chain(run), marks.Chain(given_chain), start)
+        assert found == reference.shared(tuple(run), tuple(given_chain), start)
+        assert found == marks.shared(tuple(run), marks.Chain(given_chain), start)
+
+
+@given(chains, st.integers(-12, 12), st.integers(-12, 12))
+def test_a_chain_is_a_sequence(given_chain: list[int], start: int, stop: int) -> None:
+    chain, as_tuple = marks.Chain(given_chain), tuple(given_chain)
+    assert chain == as_tuple and as_tuple == chain
+    assert list(chain) == given_chain and len(chain) == len(given_chain) and bool(chain) == bool(given_chain)
+    assert repr(chain) == repr(as_tuple) and hash(chain) == hash(marks.Chain(given_chain))
+    assert chain[start:stop] == as_tuple[start:stop] and chain[start:] == as_tuple[start:]
+    assert chain != (*as_tuple, 1) and (chain != as_tuple[:-1] or not chain)
+    assert not (chain != as_tuple)  # noqa: SIM202 - it is another operator
+    if -len(chain) <= start < len(chain):
+        assert chain[start] == as_tuple[start]
+    else:
+        with pytest.raises(IndexError):
+            chain[start]
+
+
+def test_a_chunk_has_64_bits() -> None:
+    with pytest.raises(OverflowError):
+        marks.Chain([1 << 64])
+    with pytest.raises(OverflowError):
+        marks.Marks().mark((-1,), 0, 0)
