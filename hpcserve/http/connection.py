@@ -14,7 +14,6 @@ import httptools
 from .errors import ClientGone, Header, HttpError
 from .exchange import Exchange, Handler
 from .head import head_too_large, malformed, read_head
-from .heads import whole
 from .host import Host, at_once
 
 log = logging.getLogger(__name__)
@@ -240,17 +239,9 @@ class Connection(asyncio.Protocol):
             self._stop(refusal)
         self._framing = head.framing if self._parser.should_upgrade() else None
         return Exchange(
-            self,
-            method=method,
-            target=head.target,
-            path=head.path,
-            headers=self._headers,
-            peer=self._peer,
-            minor=int(version[2]),
-            keep=keep,
-            declared=head.length,
-            expects_continue=head.expects_continue,
-        )
+            self, method=method, target=head.target, path=head.path, headers=self._headers, peer=self._peer,
+            minor=int(version[2]), keep=keep, declared=head.length, expects_continue=head.expects_continue,
+        )  # fmt: skip
 
     def on_body(self, data: bytes) -> None:
         if self._parsing is not None:
@@ -270,9 +261,12 @@ class Connection(asyncio.Protocol):
     # Order of answers
 
     def read(self, target: str, path: str, headers: list[Header], body: bytes | memoryview) -> Exchange:
-        """A whole request with a head that the parser would take has come, and is answered next."""
+        """A whole POST with a head that the parser would take has come, and is answered next."""
         self.deadline = self._write_deadline
-        self._active = exchange = whole(self, self._peer, target, path, headers, body)
+        self._active = exchange = Exchange(
+            self, method="POST", target=target, path=path, headers=headers, peer=self._peer, minor=1,
+            keep=True, declared=len(body), expects_continue=False, body=body,
+        )  # fmt: skip
         return exchange
 
     def _dispatch(self, exchange: Exchange) -> None:
@@ -322,11 +316,14 @@ class Connection(asyncio.Protocol):
     def answered(self, exchange: Exchange, keep: bool) -> None:
         if exchange is not self._active:
             return
-        if not keep or not exchange.request_complete or self._host.closing:
+        if not keep or self._host.closing:
             self._active = None
             self._end()
-        else:
+        elif self._pending or self._refusal or self._in_head or self._write_waiter or self._reading_paused:
             self._next()
+        else:
+            self._active = self._task = None
+            self.deadline = self._loop.time() + self._host.limits.idle_timeout
 
     def _next(self) -> None:
         self._active = None

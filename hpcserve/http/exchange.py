@@ -102,7 +102,9 @@ class Exchange:
         keep: bool,
         declared: int | None,
         expects_continue: bool,
+        body: bytes | memoryview | None = None,
     ) -> None:
+        """`body`: all of it came with the head."""
         self.method = method
         self.target = target
         self.path = path
@@ -126,14 +128,14 @@ class Exchange:
         self._keep = keep
         self._declared = declared
         self._continue = expects_continue
-        self._chunks: list[bytes | memoryview] = []
-        self._size = 0
+        self._chunks: list[bytes | memoryview] = [] if body is None else [body]
+        self._size = 0 if body is None else len(body)
         self._streams = False
         """The body is read in pieces."""
         self._piled = 0
         """Bytes in `_chunks`, where it is."""
         self._limit: int | None = None
-        self._complete = False
+        self._complete = body is not None
         self._fault: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._chunked = False
@@ -228,12 +230,6 @@ class Exchange:
         elif self._limit is not None and self._size > self._limit:
             self._wire.stop_body()
             self._wake()
-
-    def came(self, body: bytes | memoryview) -> None:
-        """The whole body came with the head, before anybody waited for it (called by the connection)."""
-        self._chunks = [body]
-        self._size = len(body)
-        self._complete = True
 
     def complete(self) -> None:
         """The request is whole (called by the connection)."""
@@ -402,7 +398,7 @@ class Exchange:
             self._put(b"0\r\n\r\n")
         self._flush()
         self._chunks.clear()
-        self._wire.answered(self, self._keep and not close)
+        self._wire.answered(self, self._keep and self._complete and not close)
 
     def respond(
         self,

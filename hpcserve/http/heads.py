@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 
 from .compiled import compiled
 from .errors import Header
-from .exchange import Exchange, Wire
 
 Kept = TypeVar("Kept")
 
@@ -53,18 +52,6 @@ class Heads(Protocol):
         there to its last byte, with Content-Length or in chunks of their usual form; or up to the end of a
         chunk, and then the last value is the head as it came. Else None."""
         ...
-
-
-def whole(
-    wire: Wire, peer: str, target: str, path: str, headers: list[Header], body: bytes | memoryview
-) -> Exchange:
-    """The exchange of a POST whose head was known, and whose body has come."""
-    exchange = Exchange(
-        wire, method="POST", target=target, path=path, headers=headers, peer=peer, minor=1, keep=True,
-        declared=len(body), expects_continue=False,
-    )  # fmt: skip
-    exchange.came(body)
-    return exchange
 
 
 def heads() -> Heads | None:

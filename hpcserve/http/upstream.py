@@ -292,7 +292,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _finish(self, last: bytes) -> None:
         reader, self._reader = self._reader, None
-        if self._keep and self.usable:
+        transport = self._transport
+        if self._keep and transport is not None and not transport.is_closing():
             if self._paused:
                 self.resume()
             self._pool.put(self, self._origin)

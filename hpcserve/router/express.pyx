@@ -12,7 +12,6 @@ from libc.math cimport INFINITY
 import msgspec
 
 from .admission.admission import Ticket
-from .board import Load
 from .call import Call
 from .disaggregated import PREFILL_ANSWER_MAX
 from .flight import Flight
@@ -23,7 +22,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport add, charge, counts, message, observe, opening, told
+from .known cimport add, began, charge, counts, ended, grow, message, observe, opening, seat, told
 from .stream.answer cimport AnswerStream
 
 cdef extern from *:
@@ -40,21 +39,6 @@ SOURCE = HPCSERVE_SOURCE.decode()
 cdef object _encode = msgspec.json.encode
 cdef object _decode = msgspec.json.decode
 cdef tuple _TRANSFERRED = ("result", "transferred")
-
-
-cdef _load(load, double in_flight, double prefill_tokens, double kv_tokens):
-    """As Load.add(), without a call where one process has all of it."""
-    if type(load) is not Load:
-        load.add(in_flight, prefill_tokens, kv_tokens)
-        return
-    load.in_flight = <double>load.in_flight + in_flight
-    load.prefill_tokens = <double>load.prefill_tokens + prefill_tokens
-    load.kv_tokens = <double>load.kv_tokens + kv_tokens
-
-
-cdef _grow(child, long long by):
-    """As Child.inc()."""
-    child.value = <object>child.value + by
 
 
 cdef class Express:
@@ -126,11 +110,11 @@ cdef class Express:
         self.seat_kv = self.demand.prompt_tokens + (0 if first_leg else self.demand.output_tokens)
         self.seated = True
         worker.leases.add(self)
-        _load(worker.load, 1.0, self.seat_prefill, self.seat_kv)
+        seat(worker.load, 1.0, self.seat_prefill, self.seat_kv)
         if worker.breaker.avoid_until:
             worker.breaker.asked(now)
         if self.computes:
-            worker.queue.began(decision.uncached_tokens, now)
+            began(worker.queue, decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
         given = self.request_id.encode("ascii")
         self.request = message(before, given, after, data, start, added, bool(self.given))
@@ -203,12 +187,12 @@ cdef class Express:
         if decision.prefill is not None and worker is not decision.prefill:
             decision.prefill.breaker.handed_over()
         if self.seat_prefill:
-            _load(worker.load, 0.0, -self.seat_prefill, 0.0)
+            seat(worker.load, 0.0, -self.seat_prefill, 0.0)
             self.seat_prefill = 0.0
         if self.computes:
             self.computes = False
             now = self.path.loop.time()
-            worker.queue.ended(decision.uncached_tokens, now, now - self.since)
+            ended(worker.queue, decision.uncached_tokens, now, now - self.since)
 
     # The prefill worker's answer
 
@@ -275,17 +259,23 @@ cdef class Express:
             self._leave_worker()
             exchange.finished = True
             exchange.owner = None
-            self.wire.send(sent)
+            self._send(sent)
             exchange._chunks.clear()
             self.wire.answered(exchange, True)
             return
         stream.write_to(exchange.write)
-        self.wire.send(sent)
+        self._send(sent)
         if self.connection is not None:
             if exchange.congested:
                 self.connection.pause()
             if self.path.pump is not None:
                 self.ride = Ride(self.path.pump, self.connection, exchange, stream)
+
+    cdef _send(self, bytes data):
+        """As Connection.send()."""
+        transport = self.wire._transport
+        if transport is not None:
+            transport.write(data)
 
     cdef _complete(self, stream):
         """The client has the whole answer."""
@@ -327,11 +317,11 @@ cdef class Express:
             # As Account.counted(), of an answer in one event whose engine does not say what was cached.
             account._prompts.learn(demand, prompt, completion)
             figures = self.known.figures
-            _grow(account._prompt, prompt)
-            _grow(account._generated, completion)
-            _grow(account._predicted, min(<long long>self.decision.cached_tokens, prompt))
-            _grow(figures.prompt, prompt)
-            _grow(figures.completion, completion)
+            grow(account._prompt, prompt)
+            grow(account._generated, completion)
+            grow(account._predicted, min(<long long>self.decision.cached_tokens, prompt))
+            grow(figures.prompt, prompt)
+            grow(figures.completion, completion)
         add(admission.kv, -self.cost)
         cdef double tokens = prompt + completion
         charge(admission.queue, identity, tokens - self.cost)
@@ -384,16 +374,18 @@ cdef class Express:
         self.deadline = INFINITY
         self.seated = False
         worker.leases.discard(self)
-        _load(worker.load, -1.0, -self.seat_prefill, -self.seat_kv)
+        seat(worker.load, -1.0, -self.seat_prefill, -self.seat_kv)
 
     cdef _close(self):
         """It is over: give back what it held."""
         router = self.router
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
-        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
+        # As Bodies.give_back() and Runner.forget().
+        bodies = router.admission.bodies
+        bodies.held -= PyBytes_GET_SIZE(self.data) - self.body_at
         if self.kept:
-            router.runner.forget(self.kept)
+            router.runner._prompts -= self.kept
         observe(router.metrics.decision, self.decision.seconds)
         router.ring.put(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,

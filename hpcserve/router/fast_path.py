@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -67,6 +67,8 @@ class FastPath:
         self.pump: Pumping | None = None
         self.lane: Any | None = None
         """The compiled way; None: there is none."""
+        self.whole: Callable[[Connection, bytes], bool] = lambda wire, data: False
+        """See `http.host.Express`."""
         self._timer: asyncio.TimerHandle | None = None
 
     def _start(self) -> None:
@@ -76,6 +78,8 @@ class FastPath:
         if module is not None:
             self.pump = Pumping(module, self.loop)
         self.lane = lane(self)
+        if self.lane is not None:
+            self.whole = self.lane.whole
         self._watch()
 
     def quick(self, exchange: Exchange) -> bool:
@@ -113,14 +117,6 @@ class FastPath:
     def _express(self, exchange: Exchange) -> bool:
         try:
             return bool(self.lane is not None and self.lane.take(exchange))
-        except Exception:
-            log.exception("the compiled way failed")
-            return False
-
-    def whole(self, wire: Connection, data: bytes) -> bool:
-        """See `http.host.Express`."""
-        try:
-            return bool(self.lane is not None and self.lane.whole(wire, data))
         except Exception:
             log.exception("the compiled way failed")
             return False

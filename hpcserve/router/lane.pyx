@@ -10,6 +10,7 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.math cimport INFINITY
 from libc.string cimport memchr, memcmp
 
+import logging
 import os
 
 import msgspec
@@ -38,6 +39,8 @@ cdef extern from *:
 
 SOURCE = HPCSERVE_SOURCE.decode()
 """SHA-256 of the files this was compiled from."""
+
+log = logging.getLogger(__name__)
 
 cdef object _decode = msgspec.json.Decoder().decode
 cdef dict _ROUTES = {route.path: route for route in (CHAT, COMPLETIONS)}
@@ -143,8 +146,15 @@ cdef class Lane:
         self._version = None
 
     def whole(self, wire, data):
-        """`data` is what a client sent next: answer it, if it is one request with a head that is known; False:
-        nothing was done about it."""
+        """See `http.host.Express`: `data` is what a client sent next. Answer it, if it is one request with a head
+        that is known; False: nothing was done about it."""
+        try:
+            return self._whole(wire, data)
+        except Exception:
+            log.exception("the compiled way failed")
+            return False
+
+    cdef bint _whole(self, wire, data) except -1:
         if type(data) is not bytes or not self._open():
             return False
         found = self._heads.find(data)
@@ -249,16 +259,19 @@ cdef class Lane:
         demand = self._demand(known, data, start, fields, model or "", meant.serving)
         if router.runner.end_time is not None:
             router.runner.check_walltime(Asking(data[start:], fields, known, meant.serving), demand)
+        # As Bodies.take().
         bodies = admission.bodies
-        if not bodies.take(size):
+        held = bodies.held
+        if held and held + size > bodies._limit:
             return None
+        bodies.held = held + size
         cdef Express flight = Express.__new__(Express)
         entered = False
         try:
             entered = self._enter(flight, identity, demand)
         finally:
             if not entered:
-                bodies.give_back(size)
+                bodies.held -= size
         if not entered:
             return None
         flight.path, flight.router, flight.known = self._path, router, known
@@ -327,8 +340,17 @@ cdef class Lane:
         flight.demand = demand
         flight.tokens = tokens = demand.prompt_tokens
         flight.cost = cost = demand.prompt_tokens + demand.output_tokens
-        if admission.lacking(tokens, cost) is not None:
-            return False
+        # As Admission.lacking().
+        cdef double now_there
+        if budgets.workers:
+            now_there = admission.prefill.total
+            if now_there > 0.0 and now_there + tokens > <double>budgets.prefill:
+                return False
+            most = budgets.kv
+            if most is not None:
+                now_there = admission.kv.total
+                if now_there > 0.0 and now_there + cost > <double>most:
+                    return False
         if identity.limits is not NO_LIMITS:
             flight.key = admission.quota.take(identity, cost, now)
         charge(queue, identity, cost)
@@ -366,7 +388,9 @@ cdef class Lane:
             PyBuffer_Release(&view)
         if unusual:
             return prompts.demand(Asking(data[start:], fields, known, serving))
-        learned = prompts.model(model)
+        learned = (<dict>prompts._models).get(model)
+        if learned is None:
+            learned = prompts.model(model)
         cdef double ratio = learned.ratio, answer = learned.answer
         cdef long long expected = <long long>answer or 1, most, tokens = <long long>(size * ratio)
         for name in LIMITS:
