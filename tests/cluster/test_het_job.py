@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from hpcserve.plan.plan import RENDEZVOUS_TIMEOUT
+from tests.patience import DEADLINE
+
 from .launched import Launched, Launches
 from .test_fake_disaggregated import complete, in_rotation, worker_out
 from .testbed import Testbed, wait_for
@@ -27,7 +30,8 @@ engine_args: {itl-ms: 20}
 @pytest.fixture
 def run(launches: Launches) -> Iterator[Launched]:
     launched = launches.launch(MODEL, name="het")
-    launched.wait_ready()
+    # PMIx, which can't join the components, mostly refuses at once; when it hangs, the ranks give up on it.
+    launched.wait_ready(RENDEZVOUS_TIMEOUT + DEADLINE)
     yield launched
     launched.cancel()
 
