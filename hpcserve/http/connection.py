@@ -319,11 +319,8 @@ class Connection(asyncio.Protocol):
         if not keep or self._host.closing:
             self._active = None
             self._end()
-        elif self._pending or self._refusal or self._in_head or self._write_waiter or self._reading_paused:
-            self._next()
         else:
-            self._active = self._task = None
-            self.deadline = self._loop.time() + self._host.limits.idle_timeout
+            self._next()
 
     def _next(self) -> None:
         self._active = None

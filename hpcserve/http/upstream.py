@@ -292,8 +292,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _finish(self, last: bytes) -> None:
         reader, self._reader = self._reader, None
-        transport = self._transport
-        if self._keep and transport is not None and not transport.is_closing():
+        if self._keep and self.usable:
             if self._paused:
                 self.resume()
             self._pool.put(self, self._origin)

@@ -59,7 +59,6 @@ cdef class Express:
     cdef _collect(self, worker, bytes data, bint last)
     cdef _pass_on(self, bytes data, ssize_t start, ssize_t stop, bint last)
     cdef _begin(self, stream, bint last)
-    cdef _send(self, bytes data)
     cdef _complete(self, stream)
     cdef _computed(self, admission)
     cdef _served(self, stream)

@@ -22,7 +22,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport add, began, charge, counts, ended, grow, message, observe, opening, seat, told
+from .known cimport add, charge, counts, grow, message, observe, opening, seat, told
 from .stream.answer cimport AnswerStream
 
 cdef extern from *:
@@ -114,7 +114,7 @@ cdef class Express:
         if worker.breaker.avoid_until:
             worker.breaker.asked(now)
         if self.computes:
-            began(worker.queue, decision.uncached_tokens, now)
+            worker.queue.began(decision.uncached_tokens, now)
         _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
         given = self.request_id.encode("ascii")
         self.request = message(before, given, after, data, start, added, bool(self.given))
@@ -192,7 +192,7 @@ cdef class Express:
         if self.computes:
             self.computes = False
             now = self.path.loop.time()
-            ended(worker.queue, decision.uncached_tokens, now, now - self.since)
+            worker.queue.ended(decision.uncached_tokens, now, now - self.since)
 
     # The prefill worker's answer
 
@@ -259,23 +259,17 @@ cdef class Express:
             self._leave_worker()
             exchange.finished = True
             exchange.owner = None
-            self._send(sent)
+            self.wire.send(sent)
             exchange._chunks.clear()
             self.wire.answered(exchange, True)
             return
         stream.write_to(exchange.write)
-        self._send(sent)
+        self.wire.send(sent)
         if self.connection is not None:
             if exchange.congested:
                 self.connection.pause()
             if self.path.pump is not None:
                 self.ride = Ride(self.path.pump, self.connection, exchange, stream)
-
-    cdef _send(self, bytes data):
-        """As Connection.send()."""
-        transport = self.wire._transport
-        if transport is not None:
-            transport.write(data)
 
     cdef _complete(self, stream):
         """The client has the whole answer."""
@@ -381,11 +375,9 @@ cdef class Express:
         router = self.router
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
-        # As Bodies.give_back() and Runner.forget().
-        bodies = router.admission.bodies
-        bodies.held -= PyBytes_GET_SIZE(self.data) - self.body_at
+        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
         if self.kept:
-            router.runner._prompts -= self.kept
+            router.runner.forget(self.kept)
         observe(router.metrics.decision, self.decision.seconds)
         router.ring.put(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,

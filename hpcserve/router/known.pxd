@@ -19,8 +19,6 @@ cdef class Known:
 
 cdef add(cell, double amount)
 cdef seat(load, double in_flight, double prefill_tokens, double kv_tokens)
-cdef began(queue, uncached_tokens, now)
-cdef ended(queue, uncached_tokens, double now, double seconds)
 cdef grow(child, long long by)
 cdef charge(queue, identity, double cost)
 cdef observe(histogram, double value)

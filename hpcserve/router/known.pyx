@@ -13,7 +13,6 @@ from ..http import client
 from ..http.heads import Headers
 from .board import Cell, Load
 from .call import for_client, for_engine
-from .placement.queue import LEAST_SAMPLE
 from .relay import is_stream
 from .routes import CHAT
 
@@ -89,26 +88,6 @@ cdef seat(load, double in_flight, double prefill_tokens, double kv_tokens):
     load.in_flight = <double>load.in_flight + in_flight
     load.prefill_tokens = <double>load.prefill_tokens + prefill_tokens
     load.kv_tokens = <double>load.kv_tokens + kv_tokens
-
-
-cdef began(queue, uncached_tokens, now):
-    """As Queue.began()."""
-    sent = queue.sent
-    if not sent:
-        queue.since = now
-        queue.head = uncached_tokens
-    sent.append(uncached_tokens)
-
-
-cdef ended(queue, uncached_tokens, double now, double seconds):
-    """As Queue.ended()."""
-    sent = queue.sent
-    sent.remove(uncached_tokens)
-    queue.head = sent[0] if sent else 0
-    cdef double took = now - <double>queue.since
-    queue.since = now
-    if uncached_tokens >= LEAST_SAMPLE:
-        queue._rates.observe("prefill", uncached_tokens, min(seconds, took))
 
 
 cdef grow(child, long long by):

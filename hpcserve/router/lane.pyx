@@ -259,19 +259,16 @@ cdef class Lane:
         demand = self._demand(known, data, start, fields, model or "", meant.serving)
         if router.runner.end_time is not None:
             router.runner.check_walltime(Asking(data[start:], fields, known, meant.serving), demand)
-        # As Bodies.take().
         bodies = admission.bodies
-        held = bodies.held
-        if held and held + size > bodies._limit:
+        if not bodies.take(size):
             return None
-        bodies.held = held + size
         cdef Express flight = Express.__new__(Express)
         entered = False
         try:
             entered = self._enter(flight, identity, demand)
         finally:
             if not entered:
-                bodies.held -= size
+                bodies.give_back(size)
         if not entered:
             return None
         flight.path, flight.router, flight.known = self._path, router, known
@@ -340,17 +337,8 @@ cdef class Lane:
         flight.demand = demand
         flight.tokens = tokens = demand.prompt_tokens
         flight.cost = cost = demand.prompt_tokens + demand.output_tokens
-        # As Admission.lacking().
-        cdef double now_there
-        if budgets.workers:
-            now_there = admission.prefill.total
-            if now_there > 0.0 and now_there + tokens > <double>budgets.prefill:
-                return False
-            most = budgets.kv
-            if most is not None:
-                now_there = admission.kv.total
-                if now_there > 0.0 and now_there + cost > <double>most:
-                    return False
+        if admission.lacking(tokens, cost) is not None:
+            return False
         if identity.limits is not NO_LIMITS:
             flight.key = admission.quota.take(identity, cost, now)
         charge(queue, identity, cost)
@@ -388,9 +376,7 @@ cdef class Lane:
             PyBuffer_Release(&view)
         if unusual:
             return prompts.demand(Asking(data[start:], fields, known, serving))
-        learned = (<dict>prompts._models).get(model)
-        if learned is None:
-            learned = prompts.model(model)
+        learned = prompts.model(model)
         cdef double ratio = learned.ratio, answer = learned.answer
         cdef long long expected = <long long>answer or 1, most, tokens = <long long>(size * ratio)
         for name in LIMITS:

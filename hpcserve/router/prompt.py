@@ -133,7 +133,7 @@ class Prompts:
 
     def learn(self, demand: Demand, prompt_tokens: int, completion_tokens: int) -> None:
         """From an engine's own `usage` of one answer."""
-        known = self._models.get(demand.model) or self.model(demand.model)
+        known = self.model(demand.model)
         if prompt_tokens > 0 and demand.prompt_bytes >= CHUNK:
             known.prompts += 1
             weight = max(_WEIGHT, 1 / known.prompts)

@@ -252,7 +252,7 @@ class Runner:
     def keep(self, demand: Demand, ids: bytes) -> int:
         """The ids of a stream's prompt, as in a JSON array without brackets: learn from them, and say how
         many bytes may be kept until `forget()`."""
-        if self._on_prompt_ids is not None and demand.chain:
+        if self._on_prompt_ids is not None:
             self._on_prompt_ids(demand, ids)
         if self._prompts + len(ids) > _PROMPTS_MAX:
             return 0

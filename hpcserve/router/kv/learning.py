@@ -32,7 +32,7 @@ class Learning:
 
     def put(self, demand: Demand, prompt_token_ids: bytes | memoryview) -> None:
         """The ids as in a JSON array, without its brackets. Costs a few microseconds now."""
-        if demand.space is not None and self._residency.hears:
+        if demand.chain and demand.space is not None and self._residency.hears:
             self._waiting.append((demand, bytes(prompt_token_ids)))
             self._size += len(prompt_token_ids)
             while self._size > _MOST:

@@ -90,7 +90,6 @@ class Residency:
     ) -> None:
         """`share`: collect for `outgoing()`."""
         self._holders = Holders(most=most_units)
-        self._forgotten = self._holders.forgotten
         self._predicted = Predicted(most=most_predicted)
         self._in_flight = InFlight(ttl=IN_FLIGHT)
         self._translation = Translation(most=most_translations)
@@ -124,8 +123,7 @@ class Residency:
             self._in_flight.turn(now)
             known = self._translation.known(chain)
         if not known:
-            held = self._guessed(chain, 0, {})
-            return _alike(held) if held else {}
+            return _alike(self._guessed(chain, 0, {}))
         # Tiers from the fastest on: what is in GPU memory, there or in the host's, anywhere.
         reaches = [
             self._confirmed(chain, known, tiers) for tiers in ((1, 2, 3) if self._holders.tiered else (1,))
@@ -339,14 +337,11 @@ class Residency:
 
     def _predict(self, worker: str, chain: Sequence[int], chunk_tokens: float, now: float) -> int:
         """Returns how many leading chunks were predicted somewhere before."""
-        number = self._workers.get(worker)
-        if number is None:
-            number = self._number(worker)
+        number = self._number(worker)
         seen = self._predicted.add(number, chain, chunk_tokens)
         if self._live_workers >> number & 1:
             self._in_flight.add(number, chain, now)
-        if self._forgotten:
-            self._holders.sweep()
+        self._holders.sweep()
         return seen
 
     def _take(self, message: SharedMessage, now: float) -> None:

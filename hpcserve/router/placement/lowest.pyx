@@ -125,7 +125,7 @@ cdef class Side:
                     uncached[place] = tokens if tokens > 1 else 1
         least = min(uncached)
         # As Scores.
-        cdef double uses = view.uses(demand, least) if least < total and demand.chain else 0.0
+        cdef double uses = view.uses(demand, least) if demand.chain else 0.0
         cdef double copied = uses / (1.0 + uses) if uses else 0.0
         cdef double behind = pool.behind, share = pool.prefilling, factor = -1.0, stall = 0.0, step = 0.0
         cdef double saved = copied * (behind - 1.0), streams, base, slope, credit

@@ -76,10 +76,9 @@ class Placer:
         computes = decision.prefill or decision.answering
         view = self._view
         view.mean_uncached += _WEIGHT * (decision.uncached_tokens - view.mean_uncached)
-        if demand.chain:
-            self._residency.predict(computes.name, demand, now=now)
-            if decision.prefill is not None:
-                self._residency.predict(decision.answering.name, demand, now=now)
+        self._residency.predict(computes.name, demand, now=now)
+        if decision.prefill is not None:
+            self._residency.predict(decision.answering.name, demand, now=now)
         if demand.session:
             sessions = self._sessions
             sessions[demand.session] = decision.answering.name

@@ -6,7 +6,7 @@ from collections import deque
 
 from .facts import Rates
 
-LEAST_SAMPLE = 1024
+_LEAST_SAMPLE = 1024
 """Tokens: shorter prefills measure a step's overhead rather than the rate."""
 
 
@@ -39,5 +39,5 @@ class Queue:
             return
         took = min(seconds, now - self.since)
         self.since = now
-        if uncached_tokens >= LEAST_SAMPLE:
+        if uncached_tokens >= _LEAST_SAMPLE:
             self._rates.observe("prefill", uncached_tokens, took)

@@ -12,18 +12,9 @@ from posix.unistd cimport close
 
 import os
 
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
-    int EPOLL_CLOEXEC
-    int EPOLL_CTL_ADD
-    int EPOLL_CTL_MOD
-    uint32_t EPOLLIN
+from .epoll cimport (
+    EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLLIN, epoll_create1, epoll_ctl, epoll_event,
+)
 
 cdef extern from "<sys/timerfd.h>" nogil:
     struct timespec:
@@ -65,8 +56,8 @@ cdef class Gate:
         self._timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
         if self._epoll < 0 or self._timer < 0:
             raise OSError(errno, os.strerror(errno))
-        _watch(self._epoll, EPOLL_CTL_ADD, behind, EPOLLIN)
-        _watch(self._epoll, EPOLL_CTL_ADD, self._timer, EPOLLIN)
+        watch(self._epoll, EPOLL_CTL_ADD, behind, EPOLLIN)
+        watch(self._epoll, EPOLL_CTL_ADD, self._timer, EPOLLIN)
 
     def __cinit__(self, *_):
         self._epoll = self._timer = -1
@@ -85,7 +76,7 @@ cdef class Gate:
             if self._shut:
                 self._shut = False
                 self._set(0)
-                _watch(self._epoll, EPOLL_CTL_MOD, self._behind, EPOLLIN)
+                watch(self._epoll, EPOLL_CTL_MOD, self._behind, EPOLLIN)
             return
         clock_gettime(CLOCK_MONOTONIC, &time)
         now = time.tv_sec * 1_000_000_000LL + time.tv_nsec
@@ -96,7 +87,7 @@ cdef class Gate:
             self._shut = True
             self._gathered = 0
             self._set(GATHER)
-            _watch(self._epoll, EPOLL_CTL_MOD, self._behind, 0)
+            watch(self._epoll, EPOLL_CTL_MOD, self._behind, 0)
         self._last = now
 
     def fileno(self):
@@ -111,7 +102,8 @@ cdef class Gate:
             raise OSError(errno, os.strerror(errno))
 
 
-cdef _watch(int epoll, int operation, int fd, uint32_t events):
+cdef watch(int epoll, int operation, int fd, uint32_t events):
+    """epoll_ctl(). Raises OSError."""
     cdef epoll_event event
     event.events = events
     event.data.fd = fd

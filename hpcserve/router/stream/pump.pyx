@@ -9,34 +9,22 @@ from, with the bytes that were received and not understood, and those that could
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memchr, memcmp, memcpy
 from posix.unistd cimport close
 
 import os
 
-from .gate cimport Gate
+from .epoll cimport (
+    EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
+)
+from .gate cimport Gate, watch
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int socket, void *data, size_t size, int flags)
     ssize_t send(int socket, const void *data, size_t size, int flags)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
-    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
-    int EPOLL_CLOEXEC
-    int EPOLL_CTL_ADD
-    int EPOLL_CTL_DEL
-    uint32_t EPOLLIN
 
 cdef extern from "<string.h>" nogil:
     void *memmem(const void *text, size_t size, const void *mark, size_t mark_size)
@@ -328,11 +316,7 @@ cdef class Pump:
 
     def add(self, Line line):
         """From now on it is carried here, and nobody else may read its source. Raises OSError."""
-        cdef epoll_event event
-        event.events = EPOLLIN
-        event.data.fd = line._source
-        if epoll_ctl(self._epoll, EPOLL_CTL_ADD, line._source, &event) != 0:
-            raise OSError(errno, os.strerror(errno))
+        watch(self._epoll, EPOLL_CTL_ADD, line._source, EPOLLIN)
         self._lines[line._source] = line
 
     def remove(self, Line line):
