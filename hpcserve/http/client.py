@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
+from time import monotonic
 
 from .errors import Header, HttpError, UpstreamError
 from .heads import Heads
@@ -107,7 +108,7 @@ class Pool:
         idle = self._idle.get(origin)
         if not idle:
             return None
-        oldest = asyncio.get_running_loop().time() - self._idle_timeout
+        oldest = monotonic() - self._idle_timeout
         while idle:
             connection = idle.pop()
             if connection.idle_since > oldest and connection.usable:
@@ -123,7 +124,7 @@ class Pool:
         if self._closed or len(idle) >= self._idle_per_origin:
             connection.abort()
             return
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         while idle and idle[0].idle_since <= now - self._idle_timeout:
             idle.popleft().abort()
         connection.idle_since = now

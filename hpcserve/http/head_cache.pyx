@@ -165,6 +165,12 @@ cdef class Heads:
             return _chunks(known, data, place.end)
         return (known, data, place.end, size, None) if size - place.end == _number(text, &place) else None
 
+    def rest(self, bytes data):
+        """(bytes, start and stop of a piece of the body in them, whether it is the last one) of what follows a chunk;
+        None where it does not end with a chunk, or has an unusual form."""
+        found = _chunks(None, data, 0)
+        return None if found is None else (found[1], found[2], found[3], found[4] is None)
+
 
 cdef int _hex(char digit) noexcept:
     if 48 <= digit <= 57:

@@ -53,6 +53,11 @@ class Heads(Protocol):
         chunk, and then the last value is the head as it came. Else None."""
         ...
 
+    def rest(self, data: bytes) -> tuple[bytes, int, int, bool] | None:
+        """Of what comes behind a chunk, a piece of the body: in which bytes it is, from where to where, and
+        whether it is the last. It must end with a chunk, all of their usual form. Else None."""
+        ...
+
 
 def heads() -> Heads | None:
     """A new one; None where it was not compiled: then each head is parsed."""

@@ -16,7 +16,6 @@ from .response import Reader, UpstreamResponse
 
 _HEAD_LIMIT = 64 * 1024
 _WRITE_HIGH = 256 * 1024
-_LAST_CHUNK = b"0\r\n\r\n"
 
 Origin = tuple[str, int]
 
@@ -100,11 +99,9 @@ class UpstreamConnection(asyncio.Protocol):
         self.heard = True
         if fresh and self._known(data):
             return
-        unparsed, self._unparsed = self._unparsed, b""
-        if unparsed and data == _LAST_CHUNK:
-            self._complete = True
-            self._finish(b"")
+        if self._unparsed and self._more(data):
             return
+        unparsed, self._unparsed = self._unparsed, b""
         try:
             if unparsed:
                 # Between two chunks the parser is where it is after the head.
@@ -148,24 +145,36 @@ class UpstreamConnection(asyncio.Protocol):
         self._keep = self._answered = True
         self._complete = last = head is None
         reader.head(status, headers.of_length(stop - start))
-        within = getattr(reader, "within", None)
-        if last and within is None:
-            self._finish(body[start:stop])
-            return True
-        if last:
-            self._reader = None
-            self._finish(b"")
-        else:
-            # The parser does not have to see it, unless more comes than the last chunk.
+        if not last:
+            # The parser does not have to see it, unless chunks of another form come.
             self._unparsed = head or b""
             self._status = status
             self._bounded = self._chunked = self._ends_line = True
-        if within is None:
+        self._hand_on(reader, body, start, stop, last=last)
+        return True
+
+    def _more(self, data: bytes) -> bool:
+        """Does an answer go on with usual chunks of which the parser has seen nothing? As `_known()`."""
+        answers, reader = self._answers, self._reader
+        found = None if answers is None or reader is None else answers.rest(data)
+        if found is None or reader is None:
+            return False
+        body, start, stop, self._complete = found
+        self._hand_on(reader, body, start, stop, last=self._complete)
+        return True
+
+    def _hand_on(self, reader: Reader, body: bytes, start: int, stop: int, *, last: bool) -> None:
+        within = getattr(reader, "within", None)
+        if within is None and last:
+            self._finish(body[start:stop])
+        elif within is None:
             reader.feed(body[start:stop])
         else:
+            if last:
+                self._reader = None
+                self._finish(b"")
             # What is compiled reads a body where it is.
             within(body, start, stop, last)
-        return True
 
     def _learn(self, data: bytes) -> None:
         """The parser has read the head that `data` begins with."""

@@ -291,7 +291,7 @@ class Upstream:
                 (b"0\r\n\r\n",) * 6 + (b"0;a\r\n\r\n", b"0\r\nx: y\r\n\r\n", b"", b"x", b"0\r\n\r\nHTTP")
             ),
             st.lists(st.integers(0, 200), max_size=3),
-            st.booleans(),
+            st.integers(0, 3),
         ),
         min_size=3,
         max_size=6,
@@ -299,17 +299,21 @@ class Upstream:
     st.booleans(),
 )
 def test_a_connection_hands_on_the_same_with_heads_it_knows(
-    answers: list[tuple[list[bytes], bytes, list[int], bool]], within: bool
+    answers: list[tuple[list[bytes], bytes, list[int], int]], within: bool
 ) -> None:
     ours, theirs = Upstream(cache.Heads(), within=within), Upstream(None, within=False)
     whole = ANSWER + b"1\r\nx\r\n0\r\n\r\n"
     for _ in range(2):
         assert ours.answer([whole]) == theirs.answer([whole])
     assert len(ours.answers) == 1
-    for chunks, last, cuts, at_chunks in answers:
+    for chunks, last, cuts, at_once in answers:
+        # So many chunks at once, the last one as well; 0: cut anywhere.
         framed = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
-        pieces = [ANSWER + b"".join(framed[:1]), *framed[1:], last]
-        if not at_chunks:
+        rest = [*framed[1:], last]
+        step = at_once or 1
+        together = [b"".join(rest[at : at + step]) for at in range(0, len(rest), step)]
+        pieces = [ANSWER + b"".join(framed[:1]), *together]
+        if not at_once:
             data = b"".join(pieces)
             places = [0, *sorted(cuts), len(data)]
             pieces = [data[start:stop] for start, stop in itertools.pairwise(places)]

@@ -1,18 +1,21 @@
 """CPU time of one request in the router, without the kernel: `python -m tests.router.bench_request`.
 
 Recorded bytes go through both connections of a request, whose transports do nothing; everything between is
-the router's own. Each figure is the least and the median of many rounds, compiled and as pure Python.
+the router's own. Each figure is the least and the median of many rounds, compiled and as pure Python; warm,
+one request after the other, and cold: before each piece others had the processor's caches, as in a run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvloop
@@ -31,6 +34,9 @@ from hpcserve.router.control import Table
 ROUNDS = 10
 KINDS = {"short": (100, False, 200), "short, two legs": (100, True, 200), "12,000 words": (12_000, False, 40)}
 """Words of the prompt, two legs, requests in a round."""
+WAYS = {"pure Python": "1", "compiled": "0"}
+OTHERS, ELSEWHERE = bytearray(1 << 20), bytes(1 << 20)
+"""More than what one core has of caches."""
 HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8000\r\nuser-agent: bench\r\naccept: */*\r\n"
     b"authorization: Bearer sk-bench\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
@@ -65,8 +71,7 @@ class Transport:
 def answer(size: int) -> bytes:
     """What the mock engine of `hpcserve bench router` answers: one token, all in one piece."""
     tokens = max(1, size // 6)
-    first, _, last = _chunks(True, True, sglang=False)
-    first = first.replace(b"@PROMPT@", b"[" + b"128000," * (tokens - 1) + b"128000]")
+    first, _, last = _chunks(True, tokens, sglang=False)
     usage = b'"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":1}' % (tokens, tokens + 1)
     tail = b'data: {"id":"cmpl-0","object":"x","created":1,"model":"mock","choices":[],' + usage + b"}\n\n"
     body = first + last + tail + b"data: [DONE]\n\n"
@@ -74,8 +79,17 @@ def answer(size: int) -> bytes:
     return b"HTTP/1.1 200 OK\r\n" + head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-async def run(kind: str) -> list[float]:
-    """Microseconds of CPU time for each request, by round."""
+def timed(take: Callable[[bytes], None], data: bytes, cold: bool) -> int:
+    """Nanoseconds for taking `data`."""
+    if cold:
+        OTHERS[:] = ELSEWHERE
+    began = time.perf_counter_ns()
+    take(data)
+    return time.perf_counter_ns() - began
+
+
+async def run(kind: str, *, cold: bool) -> list[float]:
+    """Microseconds for each request, by round."""
     words, two_legs, count = KINDS[kind]
     roles = ("prefill", "decode") if two_legs else ("aggregated", "aggregated")
     specs = [
@@ -110,16 +124,16 @@ async def run(kind: str) -> list[float]:
             len(leg),
             leg,
         )
-        began = time.process_time_ns()
+        spent = 0
         for request in requests:
-            connection.data_received(request)
+            spent += timed(connection.data_received, request, cold)
             for number, (engine, upstream) in enumerate(engines):
                 if engine.sent:
                     engine.sent.clear()
-                    upstream.data_received(leg if two_legs and number == 0 else whole)
+                    spent += timed(upstream.data_received, leg if two_legs and number == 0 else whole, cold)
             assert client.sent[-1].endswith(b"0\r\n\r\n"), client.sent
             client.sent.clear()
-        figures.append((time.process_time_ns() - began) / count / 1000)
+        figures.append(spent / count / 1000)
         await asyncio.sleep(0)
     router.fast_path.close()
     await router.runner.close()
@@ -128,16 +142,16 @@ async def run(kind: str) -> list[float]:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        figures = uvloop.run(run(sys.argv[1]))
+        figures = uvloop.run(run(sys.argv[1], cold=sys.argv[2] == "cold"))
         print(f"least {min(figures):7.1f} us, median {statistics.median(figures):7.1f} us")
         return
     for kind in KINDS:
-        for name, pure in (("pure Python", "1"), ("compiled", "0")):
-            command = [sys.executable, "-m", "tests.router.bench_request", kind]
+        for caches, (name, pure) in itertools.product(("warm", "cold"), WAYS.items()):
+            command = [sys.executable, "-m", "tests.router.bench_request", kind, caches]
             done = subprocess.run(
                 command, env=os.environ | {PURE: pure}, capture_output=True, text=True, check=True
             )
-            print(f"{kind:16} {name:12} {done.stdout.strip()}", flush=True)
+            print(f"{kind:16} {name:12} {caches} {done.stdout.strip()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -102,10 +103,7 @@ class Engine:
         self, exchange: Exchange, request: _Request, chat: bool, tokens: int, prompt_tokens: int, usage: str
     ) -> None:
         ids = request.return_token_ids
-        first, middle, last = _chunks(chat, ids, sglang=request.bootstrap_room is not None)
-        if ids:
-            prompt = "[" + "128000," * (prompt_tokens - 1) + "128000]"
-            first = first.replace(b"@PROMPT@", prompt.encode())
+        first, middle, last = _chunks(chat, prompt_tokens if ids else 0, request.bootstrap_room is not None)
         tail = b""
         if request.stream_options is not None and request.stream_options.include_usage:
             kind = "chat.completion.chunk" if chat else "text_completion"
@@ -123,11 +121,15 @@ class Engine:
         exchange.finish()
 
 
-def _chunks(chat: bool, ids: bool, *, sglang: bool) -> tuple[bytes, bytes, bytes]:
-    """The role chunk that opens a chat, a chunk of one token, and the last one: vLLM's form, or SGLang's."""
+@lru_cache(maxsize=64)
+def _chunks(chat: bool, ids: int, sglang: bool) -> tuple[bytes, bytes, bytes]:
+    """The role chunk that opens a chat, a chunk of one token, and the last one: vLLM's form, or SGLang's.
+
+    With the ids of tokens, so many of the prompt, unless `ids` is 0. Kept, as routers share the machine.
+    """
     kind = "chat.completion.chunk" if chat else "text_completion"
     head = f'data: {{"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"{kind}",{_COMMON},'
-    prompt = '"prompt_token_ids":@PROMPT@,' if ids else ""
+    prompt = f',"prompt_token_ids":[{"128000," * (ids - 1)}128000],"prompt_text":null' if ids else ""
     token = ',"token_ids":[1917]' if ids else ""
     opening = ""
     if sglang:
@@ -141,7 +143,7 @@ def _chunks(chat: bool, ids: bool, *, sglang: bool) -> tuple[bytes, bytes, bytes
 
     if chat:
         role = f'"delta":{{{opening}"role":"assistant","content":""}},"logprobs":null,"finish_reason":null'
-        first = f'{head}{prompt}"choices":[{{"index":0,{role}}}]}}\n\n'.encode()
+        first = f'{head}"choices":[{{"index":0,{role}}}]{prompt}}}\n\n'.encode()
     else:
         first = b""
     return first, one(" hello", "null"), one(" hello", '"length"')

@@ -21,6 +21,7 @@ cdef extern from *:
     #endif
     """
     const char *HPCSERVE_SOURCE
+    void fetch "__builtin_prefetch"(const void *place) noexcept
 
 SOURCE = HPCSERVE_SOURCE.decode()
 """SHA-256 of the files this was compiled from."""
@@ -176,6 +177,7 @@ cdef class Marks:
         cdef Chain given = _chain(chain)
         cdef ssize_t at, added = 0
         cdef Entry *found
+        self._fetch(given, start)
         for at in range(start, given.size):
             found = self._find(given.chunks[at])
             if not found.workers:
@@ -193,6 +195,7 @@ cdef class Marks:
         cdef Chain given = _chain(chain)
         cdef ssize_t at, had = 0
         cdef Entry *found
+        self._fetch(given, start)
         for at in range(start, given.size):
             found = self._find(given.chunks[at])
             if found.workers and _is_in(found.workers, number):
@@ -207,9 +210,18 @@ cdef class Marks:
         cdef Entry *found = self._find(chunk)
         return found.workers != 0 and (number < 0 or _is_in(found.workers, number))
 
+    cdef inline uint64_t _home(self, uint64_t chunk) noexcept:
+        return (chunk * _mixed) >> (64 - self._bits)
+
+    cdef void _fetch(self, Chain given, ssize_t start) noexcept:
+        """Begin to load all places of the chunks from `start` on, which takes as long as to load a few."""
+        cdef ssize_t at
+        for at in range(start, given.size):
+            fetch(self._entries + self._home(given.chunks[at]))
+
     cdef Entry *_find(self, uint64_t chunk) noexcept:
         """Where it is, or would be."""
-        cdef uint64_t last = (<uint64_t>1 << self._bits) - 1, at = (chunk * _mixed) >> (64 - self._bits)
+        cdef uint64_t last = (<uint64_t>1 << self._bits) - 1, at = self._home(chunk)
         while self._entries[at].workers and self._entries[at].chunk != chunk:
             at = (at + 1) & last
         return self._entries + at
@@ -231,7 +243,7 @@ cdef class Marks:
             at = (at + 1) & last
             if not self._entries[at].workers:
                 break
-            home = (self._entries[at].chunk * _mixed) >> (64 - self._bits)
+            home = self._home(self._entries[at].chunk)
             if ((at - home) & last) >= ((at - hole) & last):
                 self._entries[hole] = self._entries[at]
                 hole = at

@@ -123,7 +123,8 @@ class Residency:
             self._in_flight.turn(now)
             known = self._translation.known(chain)
         if not known:
-            return _alike(self._guessed(chain, 0, {}))
+            guessed = self._guessed(chain, 0, {})
+            return _alike(guessed) if guessed else {}
         # Tiers from the fastest on: what is in GPU memory, there or in the host's, anywhere.
         reaches = [
             self._confirmed(chain, known, tiers) for tiers in ((1, 2, 3) if self._holders.tiered else (1,))
@@ -337,7 +338,9 @@ class Residency:
 
     def _predict(self, worker: str, chain: Sequence[int], chunk_tokens: float, now: float) -> int:
         """Returns how many leading chunks were predicted somewhere before."""
-        number = self._number(worker)
+        number = self._workers.get(worker)
+        if number is None:
+            number = self._number(worker)
         seen = self._predicted.add(number, chain, chunk_tokens)
         if self._live_workers >> number & 1:
             self._in_flight.add(number, chain, now)
