@@ -1,10 +1,9 @@
-from .known cimport Known
+from .known cimport Known, Parts
 
 
 cdef class Express:
     # What it was made with.
-    cdef object path
-    cdef object router
+    cdef Parts parts
     cdef Known known
     cdef object exchange
     cdef object wire
@@ -26,6 +25,9 @@ cdef class Express:
     cdef double tokens
     # Where it is.
     cdef object decision
+    # Who computes the prompt for another; None: nobody does.
+    cdef object giver
+    cdef object uncached
     cdef object worker
     cdef object connection
     cdef object request
@@ -55,12 +57,12 @@ cdef class Express:
     cdef _ask(self, worker, bytes data, ssize_t start, bytes added, double now)
     cdef _take(self, bytes data, ssize_t start, ssize_t stop, bint last)
     cdef _hand_over(self, bytes data, bint last)
-    cdef _first_byte(self, worker, decision)
+    cdef _first_byte(self, worker)
     cdef _collect(self, worker, bytes data, bint last)
     cdef _pass_on(self, bytes data, ssize_t start, ssize_t stop, bint last)
     cdef _begin(self, stream, bint last)
     cdef _complete(self, stream)
-    cdef _computed(self, admission)
+    cdef _computed(self)
     cdef _served(self, stream)
     cdef _leave_worker(self)
     cdef _leave_pump(self)

@@ -22,7 +22,7 @@ from .stream.pumping import Ride
 from .usage import Usage
 from .workers import Seat
 
-from .known cimport add, charge, counts, grow, message, observe, opening, seat, told
+from .known cimport Parts, add, charge, counts, grow, message, observe, opening, seat, told
 from .stream.answer cimport AnswerStream
 
 cdef extern from *:
@@ -55,33 +55,35 @@ cdef class Express:
 
     cdef start(self):
         """Choose workers, and ask the first."""
-        router = self.router
+        router = self.parts.router
         cdef long running = router.in_flight + 1
         router.in_flight = running
         if running == 1:
             router.idle.clear()
         self.exchange.owner = self
-        self.path.flights.add(self)
+        self.parts.path.flights.add(self)
         try:
             self._place()
         except Exception:
             self.python()._crashed()
 
     cdef _place(self):
-        router, demand = self.router, self.demand
+        cdef Parts parts = self.parts
+        demand = self.demand
         cdef double now = self.arrived
-        decision = self.decision = router.placer.place(
+        decision = self.decision = parts.place(
             demand, answering=self.answering, prefill=self.prefill, now=now
         )
         assert decision is not None
-        router.placer.placed(decision, demand, now)
-        cdef double uncached = decision.uncached_tokens
+        parts.placed(decision, demand, now)
+        self.giver, self.uncached = decision.prefill, decision.uncached_tokens
+        cdef double uncached = self.uncached
         if uncached != self.tokens:
-            add(router.admission.prefill, uncached - self.tokens)
+            add(parts.prefill, uncached - self.tokens)
             self.tokens = uncached
-        if decision.prefill is None:
+        if self.giver is None:
             if self.prefill:
-                router.metrics.kv_legs.add(("result", "local"), ("reason", "quicker"))
+                parts.legs.add(("result", "local"), ("reason", "quicker"))
             added = self.asked.added
             if added is ADDED:
                 self._ask(decision.answering, self.data, self.body_at, ADDED_BYTES, now)
@@ -90,23 +92,23 @@ cdef class Express:
             return
         self.fields = {**self.given, **self.asked.added}
         try:
-            leg = _encode(router.engine.prefill_request(self.fields))
+            leg = _encode(parts.engine.prefill_request(self.fields))
         except (TypeError, ValueError, KeyError):
             self.python()._again()
             return
-        self._ask(decision.prefill, leg, 0, None, now)
+        self._ask(self.giver, leg, 0, None, now)
 
     cdef _ask(self, worker, bytes data, ssize_t start, bytes added, double now):
         """Send `data` from `start` on to `worker`, and count it there. `added` goes behind its first brace, as
         splice() has it."""
-        router, decision = self.router, self.decision
+        cdef Parts parts = self.parts
         self.worker = worker
         self.since = now
-        self.deadline = now + <double>router.runner.legs.first_byte_timeout
+        self.deadline = now + parts.first_byte_timeout
         # As a Seat does.
-        cdef bint first_leg = worker is decision.prefill
-        self.computes = first_leg or decision.prefill is None
-        self.seat_prefill = decision.uncached_tokens if self.computes else 0.0
+        cdef bint first_leg = worker is self.giver
+        self.computes = first_leg or self.giver is None
+        self.seat_prefill = self.uncached if self.computes else 0.0
         self.seat_kv = self.demand.prompt_tokens + (0 if first_leg else self.demand.output_tokens)
         self.seated = True
         worker.leases.add(self)
@@ -114,11 +116,11 @@ cdef class Express:
         if worker.breaker.avoid_until:
             worker.breaker.asked(now)
         if self.computes:
-            worker.queue.began(decision.uncached_tokens, now)
-        _, origin, before, after = self.known.leg(worker, router.config.job_key, bool(self.prefill))
+            worker.queue.began(self.uncached, now)
+        _, origin, before, after = self.known.leg(worker, parts.job_key, bool(self.prefill))
         given = self.request_id.encode("ascii")
         self.request = message(before, given, after, data, start, added, bool(self.given))
-        connection = router.pool.take(origin)
+        connection = parts.connection(origin)
         self.fresh = connection is None
         if connection is None:
             self.python().connect(origin)
@@ -156,18 +158,18 @@ cdef class Express:
 
     cdef _take(self, bytes data, ssize_t start, ssize_t stop, bint last):
         """A piece of an answer: `data[start:stop]`."""
-        worker, decision = self.worker, self.decision
+        worker = self.worker
         if worker is None:
             return
         cdef bint first = self.deadline != INFINITY
         if first:
-            if self.status != 200 or not (worker is decision.prefill or told(self.headers)[0]):
+            if self.status != 200 or not (worker is self.giver or told(self.headers)[0]):
                 self._hand_over(data[start:stop], last)
                 return
             self.deadline = INFINITY
             self.request = ()
-            self._first_byte(worker, decision)
-        if worker is decision.prefill:
+            self._first_byte(worker)
+        if worker is self.giver:
             self._collect(worker, data[start:stop], last)
         else:
             self._pass_on(data, start, stop, last)
@@ -180,37 +182,38 @@ cdef class Express:
         else:
             flight.feed(data)
 
-    cdef _first_byte(self, worker, decision):
+    cdef _first_byte(self, worker):
         """The prompt is computed, or its KV is there."""
         if worker.breaker.avoid_until:
             worker.breaker.succeeded()
-        if decision.prefill is not None and worker is not decision.prefill:
-            decision.prefill.breaker.handed_over()
+        if self.giver is not None and worker is not self.giver:
+            self.giver.breaker.handed_over()
         if self.seat_prefill:
             seat(worker.load, 0.0, -self.seat_prefill, 0.0)
             self.seat_prefill = 0.0
         if self.computes:
             self.computes = False
-            now = self.path.loop.time()
-            worker.queue.ended(decision.uncached_tokens, now, now - self.since)
+            now = self.parts.time()
+            worker.queue.ended(self.uncached, now, now - self.since)
 
     # The prefill worker's answer
 
     cdef _collect(self, worker, bytes data, bint last):
-        router, decision = self.router, self.decision
+        cdef Parts parts = self.parts
+        decision = self.decision
         if not last or PyBytes_GET_SIZE(data) > PREFILL_ANSWER_MAX or decision.answering.gone:
             self._hand_over(data, last)
             return
         if GIVEN_UP in data:
             raise given_up()
         try:
-            body = router.engine.decode_request(self.fields, _decode(data))
+            body = parts.engine.decode_request(self.fields, _decode(data))
         except (KeyError, AttributeError, msgspec.DecodeError):
             self.python()._again()
             return
-        router.metrics.kv_legs.add(_TRANSFERRED)
+        parts.legs.add(_TRANSFERRED)
         self._leave_worker()
-        self._ask(decision.answering, _encode(body), 0, None, self.path.loop.time())
+        self._ask(decision.answering, _encode(body), 0, None, parts.time())
 
     # The answer
 
@@ -242,13 +245,13 @@ cdef class Express:
 
     cdef _begin(self, stream, bint last):
         """The client's answer begins; with its `last` piece it is whole."""
-        exchange, router = self.exchange, self.router
+        exchange = self.exchange
         self.streams = True
-        self.first_at = self.path.loop.time()
-        observe(router.metrics.ttft, self.first_at - self.arrived)
+        self.first_at = self.parts.time()
+        observe(self.parts.ttft, self.first_at - self.arrived)
         if not self.first:
             self.first = True
-            self._computed(router.admission)
+            self._computed()
         exchange.started = True
         exchange.status = 200
         exchange._chunked = True
@@ -268,8 +271,9 @@ cdef class Express:
         if self.connection is not None:
             if exchange.congested:
                 self.connection.pause()
-            if self.path.pump is not None:
-                self.ride = Ride(self.path.pump, self.connection, exchange, stream)
+            pump = self.parts.path.pump
+            if pump is not None:
+                self.ride = Ride(pump, self.connection, exchange, stream)
 
     cdef _complete(self, stream):
         """The client has the whole answer."""
@@ -278,28 +282,29 @@ cdef class Express:
         self._close()
         answers = self.known.answers
         if answers is None:
-            answers = self.known.answers = self.router.account.answers(self.known.path, 200)
+            answers = self.known.answers = self.parts.account.answers(self.known.path, 200)
         answers.value += 1
 
-    cdef _computed(self, admission):
+    cdef _computed(self):
         """As Admission.computed()."""
-        add(admission.prefill, -self.tokens)
-        add(admission._computed, self.tokens)
-        if admission.queue.waiting:
-            admission.dispatch()
+        cdef Parts parts = self.parts
+        add(parts.prefill, -self.tokens)
+        add(parts.computed, self.tokens)
+        if parts.queue.waiting:
+            parts.admission.dispatch()
 
     cdef _served(self, stream):
         """As Account.served(), Ticket.used() and Ticket.leave()."""
-        router, demand, identity = self.router, self.demand, self.identity
-        account, metrics, admission = router.account, router.metrics, router.admission
+        cdef Parts parts = self.parts
+        demand, identity = self.demand, self.identity
         if self.exchange.status == 200 and self.exchange.finished:
-            observe(metrics.latency, <double>self.path.loop.time() - self.arrived)
+            observe(parts.latency, <double>parts.time() - self.arrived)
         cdef long long prompt, cached, completion
         counted = counts(stream.usage)
         gap = inter_token(stream, self.first_at) if stream.events > 1 else None
         if counted is None or gap is not None:
             usage = Usage.of(stream.usage)
-            account.counted(identity.name, demand, gap, usage, self.decision)
+            parts.account.counted(identity.name, demand, gap, usage, self.decision)
             if usage is None:
                 # As Ticket._guess().
                 prompt, cached = demand.prompt_tokens, 0
@@ -309,27 +314,27 @@ cdef class Express:
         else:
             prompt, cached, completion = counted[0], 0, counted[1]
             # As Account.counted(), of an answer in one event whose engine does not say what was cached.
-            account._prompts.learn(demand, prompt, completion)
+            parts.learn(demand, prompt, completion)
             figures = self.known.figures
-            grow(account._prompt, prompt)
-            grow(account._generated, completion)
-            grow(account._predicted, min(<long long>self.decision.cached_tokens, prompt))
+            grow(parts.prompt, prompt)
+            grow(parts.generated, completion)
+            grow(parts.predicted, min(<long long>self.decision.cached_tokens, prompt))
             grow(figures.prompt, prompt)
             grow(figures.completion, completion)
-        add(admission.kv, -self.cost)
+        add(parts.kv, -self.cost)
         cdef double tokens = prompt + completion
-        charge(admission.queue, identity, tokens - self.cost)
+        charge(parts.queue, identity, tokens - self.cost)
         if self.key is not None:
             self.key.give_back(self.cost, tokens)
-        admission.meter.count(
+        parts.count(
             identity, self.model, prompt_tokens=prompt, cached_tokens=cached, completion_tokens=completion
         )
-        if admission.queue.waiting:
-            admission.dispatch()
+        if parts.queue.waiting:
+            parts.admission.dispatch()
 
     def keep(self, ids):
         """May the ids of the prompt be kept?"""
-        size = self.router.runner.keep(self.demand, ids)
+        size = self.parts.keep(self.demand, ids)
         self.kept += size
         return size > 0
 
@@ -372,18 +377,19 @@ cdef class Express:
 
     cdef _close(self):
         """It is over: give back what it held."""
-        router = self.router
+        cdef Parts parts = self.parts
         self.ended = True
         self.stream = None  # it knows us: a cycle that would wait for the collector
-        router.admission.bodies.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
+        parts.give_back(PyBytes_GET_SIZE(self.data) - self.body_at)
         if self.kept:
-            router.runner.forget(self.kept)
-        observe(router.metrics.decision, self.decision.seconds)
-        router.ring.put(
+            parts.forget(self.kept)
+        observe(parts.decision, self.decision.seconds)
+        parts.tell(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,
             (self.decision,),
         )
-        self.path.flights.discard(self)
+        parts.path.flights.discard(self)
+        router = parts.router
         cdef long running = router.in_flight - 1
         router.in_flight = running
         if running == 0:
@@ -393,7 +399,8 @@ cdef class Express:
         """From here on a Flight in the same state is what this was, for everybody who knows it."""
         if self.flight is not None:
             return self.flight
-        router, decision, worker = self.router, self.decision, self.worker
+        path, router = self.parts.path, self.parts.router
+        decision, worker = self.decision, self.worker
         ticket = Ticket(router.admission, self.identity, self.demand, self.model, True)
         ticket.arrived = self.arrived
         ticket.prefill = self.tokens
@@ -407,7 +414,7 @@ cdef class Express:
         call.ticket = ticket
         if decision is not None:
             call.decisions.append(decision)
-        flight = self.flight = Flight(self.path, call, self.demand, self.asked, ticket, self.prefill)
+        flight = self.flight = Flight(path, call, self.demand, self.asked, ticket, self.prefill)
         if self.fields is not None:
             flight._fields = self.fields
         flight._decision, flight._worker, flight._connection = decision, worker, self.connection
@@ -423,8 +430,8 @@ cdef class Express:
             worker.leases.add(flight)
         if self.stream is not None:
             self.stream.prompt_ids_to(flight.keep)
-        self.path.flights.discard(self)
-        self.path.flights.add(flight)
+        path.flights.discard(self)
+        path.flights.add(flight)
         if self.exchange.owner is self:
             self.exchange.owner = flight
         if self.connection is not None and self.connection.reader is self:

@@ -17,6 +17,48 @@ cdef class Known:
     cdef tuple leg(self, worker, job_key, bint encoded)
 
 
+cdef class Parts:
+    # Of the router, and of what it consists of.
+    cdef object router
+    cdef object path
+    cdef object admission
+    cdef object queue
+    cdef object budgets
+    cdef object engine
+    cdef object keyring
+    cdef object runner
+    cdef object prompts
+    cdef object account
+    cdef object job_key
+    cdef double first_byte_timeout
+    cdef long long max_body
+    # Figures.
+    cdef object prefill
+    cdef object kv
+    cdef object computed
+    cdef object queued
+    cdef object ttft
+    cdef object latency
+    cdef object decision
+    cdef object legs
+    cdef object prompt
+    cdef object generated
+    cdef object predicted
+    # Methods.
+    cdef object time
+    cdef object place
+    cdef object placed
+    cdef object connection
+    cdef object lacking
+    cdef object hold
+    cdef object give_back
+    cdef object keep
+    cdef object forget
+    cdef object learn
+    cdef object count
+    cdef object tell
+
+
 cdef add(cell, double amount)
 cdef seat(load, double in_flight, double prefill_tokens, double kv_tokens)
 cdef grow(child, long long by)

@@ -72,6 +72,31 @@ cdef class Known:
         return found
 
 
+cdef class Parts:
+    """What all requests need of one router, looked up once: none of it is ever replaced."""
+
+    def __init__(self, path):
+        router = self.router = path.router
+        self.path = path
+        admission, metrics, runner, placer = router.admission, router.metrics, router.runner, router.placer
+        self.admission, self.queue, self.budgets = admission, admission.queue, admission.budgets
+        self.engine, self.keyring, self.runner = router.engine, router.keyring, runner
+        self.prompts, self.account = router.prompts, router.account
+        self.job_key, self.max_body = router.config.job_key, router.config.max_body
+        self.first_byte_timeout = runner.legs.first_byte_timeout
+        self.prefill, self.kv, self.computed = admission.prefill, admission.kv, admission._computed
+        self.queued, self.ttft, self.latency = metrics.queue, metrics.ttft, metrics.latency
+        self.decision, self.legs = metrics.decision, metrics.kv_legs
+        account = router.account
+        self.prompt, self.generated, self.predicted = account._prompt, account._generated, account._predicted
+        self.time = path.loop.time
+        self.place, self.placed = placer.place, placer.placed
+        self.connection, self.lacking = router.pool.take, admission.lacking
+        self.hold, self.give_back = admission.bodies.take, admission.bodies.give_back
+        self.keep, self.forget = runner.keep, runner.forget
+        self.learn, self.count, self.tell = router.prompts.learn, router.meter.count, router.ring.put
+
+
 cdef add(cell, double amount):
     """As Cell.add(), without a call where one process has all of it."""
     if type(cell) is Cell:

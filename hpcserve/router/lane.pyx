@@ -26,7 +26,7 @@ from .admission.budgets import NEWEST
 from .stream.asked import ABOUT, USUAL, ask, count
 
 from .express cimport Express
-from .known cimport Known, add, charge, observe
+from .known cimport Known, Parts, add, charge, observe
 from .reading cimport LONG, links, members, whole_number
 
 cdef extern from *:
@@ -125,8 +125,7 @@ cdef class Meant:
 cdef class Lane:
     """One per FastPath."""
 
-    cdef object _path
-    cdef object _router
+    cdef Parts _parts
     cdef object _heads
     cdef frozenset _refused
     cdef bint _names_in_chat
@@ -136,10 +135,9 @@ cdef class Lane:
 
     def __init__(self, path, heads):
         """`heads` are those that clients have sent."""
-        self._path = path
-        self._router = path.router
+        self._parts = Parts(path)
         self._heads = heads
-        engine = path.router.engine
+        engine = self._parts.engine
         self._refused = frozenset(engine.router_members)
         self._names_in_chat, self._names_in_text = engine.names_tokens(chat=True), engine.names_tokens(chat=False)
         self._meant = {}
@@ -175,7 +173,7 @@ cdef class Lane:
                 headers = list(headers)
                 headers[known.length_at] = (b"content-length", digits)
         exchange = wire.read(known.target, known.path, headers, memoryview(data)[end:] if length >= LONG else flight.data)
-        self._router.requests += 1
+        self._parts.router.requests += 1
         self._start(flight, exchange, wire, new_id())
         return True
 
@@ -207,8 +205,7 @@ cdef class Lane:
             self._heads.keep(data, known.headers, known)
 
     cdef bint _open(self) except -1:
-        router = self._router
-        return router.state == "ready" and not router.admission.queue.waiting
+        return self._parts.router.state == "ready" and not self._parts.queue.waiting
 
     cdef _start(self, Express flight, exchange, wire, str given):
         flight.exchange = exchange
@@ -224,16 +221,16 @@ cdef class Lane:
             return None
 
     cdef Express _let_in(self, Known known, bytes data, ssize_t start):
-        router = self._router
-        engine, admission = router.engine, router.admission
+        cdef Parts parts = self._parts
+        engine = parts.engine
         cdef ssize_t size = PyBytes_GET_SIZE(data) - start
-        if not engine.can_resume or size > router.config.max_body:
+        if not engine.can_resume or size > parts.max_body:
             return None
-        good = router.keyring._good
+        good = parts.keyring._good
         if known.good is not good or known.identity is None:
-            known.identity = router.keyring.identify(known)
-            known.good = router.keyring._good
-            known.figures = router.account.key(known.identity.name)
+            known.identity = parts.keyring.identify(known)
+            known.good = parts.keyring._good
+            known.figures = parts.account.key(known.identity.name)
         identity = known.identity
         cdef dict fields = members(data, start)
         if not self._usual(fields) or (self._refused and not self._refused.isdisjoint(fields)):
@@ -257,10 +254,9 @@ cdef class Lane:
         else:
             asked = USUAL if ABOUT.isdisjoint(fields) else ask(fields)
         demand = self._demand(known, data, start, fields, model or "", meant.serving)
-        if router.runner.end_time is not None:
-            router.runner.check_walltime(Asking(data[start:], fields, known, meant.serving), demand)
-        bodies = admission.bodies
-        if not bodies.take(size):
+        if parts.runner.end_time is not None:
+            parts.runner.check_walltime(Asking(data[start:], fields, known, meant.serving), demand)
+        if not parts.hold(size):
             return None
         cdef Express flight = Express.__new__(Express)
         entered = False
@@ -268,10 +264,10 @@ cdef class Lane:
             entered = self._enter(flight, identity, demand)
         finally:
             if not entered:
-                bodies.give_back(size)
+                parts.give_back(size)
         if not entered:
             return None
-        flight.path, flight.router, flight.known = self._path, router, known
+        flight.parts, flight.known = parts, known
         flight.data, flight.body_at = data, start
         flight.given, flight.model, flight.serving = fields, meant.name, meant.serving
         flight.answering, flight.prefill = meant.answering, meant.prefill
@@ -281,20 +277,20 @@ cdef class Lane:
         flight.headers = ()
         flight.deadline = INFINITY
         # As Account.let_in().
-        observe(router.metrics.queue, 0.0)
+        observe(parts.queued, 0.0)
         known.figures.requests.value += 1
         return flight
 
     cdef Meant _means(self, model, limits):
         """As Models.serving(). Raises HttpError."""
-        table = self._router.table
+        table = self._parts.router.table
         if self._version != table.version:
             self._meant.clear()
             self._version = table.version
         cdef Meant meant = self._meant.get(model)
         if meant is None:
             meant = Meant()
-            meant.name, meant.serving = self._router.models.serving(model, limits.models)
+            meant.name, meant.serving = self._parts.router.models.serving(model, limits.models)
             meant.disaggregated = meant.serving.disaggregated
             meant.answering = meant.serving.answering
             meant.prefill = meant.serving.with_role("prefill") if meant.disaggregated else ()
@@ -322,14 +318,14 @@ cdef class Lane:
 
     cdef bint _enter(self, Express flight, identity, demand) except -1:
         """As Ticket.enter(). Raises HttpError 403 and 429 for its key's limits."""
-        admission = self._router.admission
-        loop = admission._loop
-        if loop is None:
-            loop = admission.loop()
-        cdef double now = loop.time(), cost, tokens, mean
+        cdef Parts parts = self._parts
+        admission = parts.admission
+        if admission._loop is None:
+            admission.loop()
+        cdef double now = parts.time(), cost, tokens, mean
         if now >= <double>admission._next_look:
             admission.look(now)
-        queue, budgets = admission.queue, admission.budgets
+        queue, budgets = parts.queue, parts.budgets
         if queue.waiting or <double>queue._everywhere.total > 0.0:
             return False
         flight.arrived = now
@@ -337,7 +333,7 @@ cdef class Lane:
         flight.demand = demand
         flight.tokens = tokens = demand.prompt_tokens
         flight.cost = cost = demand.prompt_tokens + demand.output_tokens
-        if admission.lacking(tokens, cost) is not None:
+        if parts.lacking(tokens, cost) is not None:
             return False
         if identity.limits is not NO_LIMITS:
             flight.key = admission.quota.take(identity, cost, now)
@@ -347,13 +343,13 @@ cdef class Lane:
         budgets.prompt_tokens = mean + _newest * (tokens - mean)
         mean = budgets.tokens
         budgets.tokens = mean + _newest * (cost - mean)
-        add(admission.prefill, tokens)
-        add(admission.kv, cost)
+        add(parts.prefill, tokens)
+        add(parts.kv, cost)
         return True
 
     cdef _demand(self, Known known, bytes data, ssize_t start, dict fields, str model, serving):
         """As `Prompts.demand()`, for the prompts that most requests have."""
-        prompts = self._router.prompts
+        prompts = self._parts.prompts
         if not known.plain or not SELDOM.isdisjoint(fields) or model not in prompts.served:
             return prompts.demand(Asking(data[start:], fields, known, serving))
         last = None
