@@ -79,12 +79,12 @@ def _urls(place: Place) -> list[str]:
     return [f"http://127.0.0.1:{port}" for port in place.engines]
 
 
-def _ours(place: Place, *workers: str) -> Command:
+def _ours(place: Place, *workers: str, policy: str = "kv") -> Command:
     key = place.directory / "key"
     key.write_text(f"{KEY}\n")
     argv = (
         place.executable, "-m", "hpcserve", "router", *workers, "--port", str(place.port),
-        "--key-file", str(key), "--policy", "kv",
+        "--key-file", str(key), "--policy", policy,
     )  # fmt: skip
     return Command(argv=argv)
 
@@ -96,6 +96,12 @@ def _hpcserve(place: Place) -> Command:
 def _hpcserve_two_legs(place: Place) -> Command:
     prefill, *decode = _urls(place)
     return _ours(place, "--prefill", prefill, "--decode", *decode)
+
+
+def _hpcserve_both_legs(place: Place) -> Command:
+    """Policy `kv` computes a prompt on the decode worker where that is quicker: one leg. This one never does."""
+    prefill, *decode = _urls(place)
+    return _ours(place, "--prefill", prefill, "--decode", *decode, policy="round_robin")
 
 
 def _hpcserve_pairs(place: Place) -> Command:
@@ -212,6 +218,7 @@ PEERS = (
     Peer(name="haproxy", program="haproxy", command=_haproxy),
     Peer(name="hpcserve", program="hpcserve", command=_hpcserve),
     Peer(name="hpcserve P/D", program="hpcserve", command=_hpcserve_two_legs, two_legs=True),
+    Peer(name="hpcserve P/D both legs", program="hpcserve", command=_hpcserve_both_legs, two_legs=True),
     Peer(name="hpcserve pairs", program="hpcserve", command=_hpcserve_pairs, two_legs=True),
     Peer(name="vllm-router round_robin", program="vllm-router", command=_vllm_router("round_robin")),
     Peer(name="vllm-router cache_aware", program="vllm-router", command=_vllm_router("cache_aware")),
