@@ -120,7 +120,7 @@ cdef class Express:
         _, origin, before, after = self.known.leg(worker, parts.job_key, bool(self.prefill))
         given = self.request_id.encode("ascii")
         self.request = message(before, given, after, data, start, added, bool(self.given))
-        connection = parts.connection(origin)
+        connection = parts.take(origin)
         self.fresh = connection is None
         if connection is None:
             self.python().connect(origin)
@@ -384,7 +384,7 @@ cdef class Express:
         if self.kept:
             parts.forget(self.kept)
         observe(parts.decision, self.decision.seconds)
-        parts.tell(
+        parts.remember(
             self.request_id, self.identity.name, self.known.path, self.model, self.exchange.status, 0, 0,
             (self.decision,),
         )

@@ -48,7 +48,7 @@ cdef class Parts:
     cdef object time
     cdef object place
     cdef object placed
-    cdef object connection
+    cdef object take
     cdef object lacking
     cdef object hold
     cdef object give_back
@@ -56,7 +56,7 @@ cdef class Parts:
     cdef object forget
     cdef object learn
     cdef object count
-    cdef object tell
+    cdef object remember
 
 
 cdef add(cell, double amount)

@@ -91,10 +91,10 @@ cdef class Parts:
         self.prompt, self.generated, self.predicted = account._prompt, account._generated, account._predicted
         self.time = path.loop.time
         self.place, self.placed = placer.place, placer.placed
-        self.connection, self.lacking = router.pool.take, admission.lacking
+        self.take, self.lacking = router.pool.take, admission.lacking
         self.hold, self.give_back = admission.bodies.take, admission.bodies.give_back
         self.keep, self.forget = runner.keep, runner.forget
-        self.learn, self.count, self.tell = router.prompts.learn, router.meter.count, router.ring.put
+        self.learn, self.count, self.remember = router.prompts.learn, router.meter.count, router.ring.put
 
 
 cdef add(cell, double amount):

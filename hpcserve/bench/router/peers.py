@@ -99,7 +99,7 @@ def _hpcserve_two_legs(place: Place) -> Command:
 
 
 def _hpcserve_both_legs(place: Place) -> Command:
-    """Policy `kv` computes a prompt on the decode worker where that is quicker: one leg. This one never does."""
+    """Policy `kv` computes a prompt on the decode worker where that is quicker: one leg. Here it never is."""
     prefill, *decode = _urls(place)
     return _ours(place, "--prefill", prefill, "--decode", *decode, policy="round_robin")
 
