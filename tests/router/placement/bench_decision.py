@@ -8,6 +8,7 @@ Most blocks are whole prompts on one worker; fifty beginnings are held by all wo
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import resource
 import struct
@@ -73,6 +74,9 @@ def main() -> None:
     ]
     matched = [len(residency.matches(make(), now=1.0)) for _, make in prompts]
     print("workers with a match: " + ", ".join(map(str, matched)))
+    # As a relay does (process.py): else Python's collector looks through all of this once in a hundred decisions.
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
     placer = Placer("kv", residency)
     for name, make in prompts:
         _measure(name, placer, pool, make, args.decisions)
