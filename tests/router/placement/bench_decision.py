@@ -74,7 +74,7 @@ def main() -> None:
     ]
     matched = [len(residency.matches(make(), now=1.0)) for _, make in prompts]
     print("workers with a match: " + ", ".join(map(str, matched)))
-    # As a relay does (process.py): else Python's collector looks through all of this once in a hundred decisions.
+    # As a relay does (process.py): else the collector looks through all of this once in a hundred decisions.
     gc.freeze()
     gc.set_threshold(10_000, 10, 20)
     placer = Placer("kv", residency)
