@@ -156,8 +156,10 @@ class UpstreamConnection(asyncio.Protocol):
     def _more(self, data: bytes) -> bool:
         """Does an answer go on with usual chunks of which the parser has seen nothing? As `_known()`."""
         answers, reader = self._answers, self._reader
-        found = None if answers is None or reader is None else answers.rest(data)
-        if found is None or reader is None:
+        if answers is None or reader is None:
+            return False
+        found = answers.rest(data)
+        if found is None:
             return False
         body, start, stop, self._complete = found
         self._hand_on(reader, body, start, stop, last=self._complete)

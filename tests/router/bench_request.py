@@ -1,4 +1,4 @@
-"""CPU time of one request in the router, without the kernel: `python -m tests.router.bench_request`.
+"""Time of one request in the router, without the kernel: `python -m tests.router.bench_request`.
 
 Recorded bytes go through both connections of a request, whose transports do nothing; everything between is
 the router's own. Each figure is the least and the median of many rounds, compiled and as pure Python; warm,
@@ -96,7 +96,9 @@ async def run(kind: str, *, cold: bool) -> list[float]:
         WorkerSpec(name=f"{role}-{number}", role=role, url=f"http://127.0.0.1:{9000 + number}", slot=number)  # type: ignore[arg-type]
         for number, role in enumerate(roles)
     ]
-    config = RouterConfig(served_name="mock", engine="vllm", api_key="sk-bench")
+    # Policy kv would compute such prompts on the decode worker, which is one leg.
+    policy = "round_robin" if two_legs else "kv"
+    config = RouterConfig(served_name="mock", engine="vllm", api_key="sk-bench", policy=policy)
     router = Router(config, on_suspect=print)
     router.pool._idle_timeout = 1e9
     router.update(Table(state="ready", workers=tuple(specs)))
@@ -135,6 +137,8 @@ async def run(kind: str, *, cold: bool) -> list[float]:
             client.sent.clear()
         figures.append(spent / count / 1000)
         await asyncio.sleep(0)
+    transferred = router.metrics.kv_legs.child(("result", "transferred")).value
+    assert transferred == (ROUNDS * count if two_legs else 0), transferred
     router.fast_path.close()
     await router.runner.close()
     return figures

@@ -53,7 +53,6 @@ class Engine:
 
     def __init__(self, gap: float) -> None:
         self._gap = gap
-        self._answers: dict[tuple[bool, bool, bool], tuple[bytes, bytes, bytes]] = {}
 
     async def handle(self, exchange: Exchange) -> None:
         path = exchange.path

@@ -93,21 +93,12 @@ def _hpcserve(place: Place) -> Command:
     return _ours(place, "--aggregated", *_urls(place))
 
 
-def _hpcserve_two_legs(place: Place) -> Command:
-    prefill, *decode = _urls(place)
-    return _ours(place, "--prefill", prefill, "--decode", *decode)
+def _hpcserve_two_legs(*options: str, policy: str = "kv") -> Callable[[Place], Command]:
+    def command(place: Place) -> Command:
+        prefill, *decode = _urls(place)
+        return _ours(place, *options, "--prefill", prefill, "--decode", *decode, policy=policy)
 
-
-def _hpcserve_both_legs(place: Place) -> Command:
-    """Policy `kv` computes a prompt on the decode worker where that is quicker: one leg. Here it never is."""
-    prefill, *decode = _urls(place)
-    return _ours(place, "--prefill", prefill, "--decode", *decode, policy="round_robin")
-
-
-def _hpcserve_pairs(place: Place) -> Command:
-    """Both legs at once, as SGLang's engines want them."""
-    prefill, *decode = _urls(place)
-    return _ours(place, "--engine", "sglang", "--prefill", prefill, "--decode", *decode)
+    return command
 
 
 def _nginx(place: Place) -> Command:
@@ -217,9 +208,21 @@ PEERS = (
     Peer(name="nginx", program="nginx", command=_nginx),
     Peer(name="haproxy", program="haproxy", command=_haproxy),
     Peer(name="hpcserve", program="hpcserve", command=_hpcserve),
-    Peer(name="hpcserve P/D", program="hpcserve", command=_hpcserve_two_legs, two_legs=True),
-    Peer(name="hpcserve P/D both legs", program="hpcserve", command=_hpcserve_both_legs, two_legs=True),
-    Peer(name="hpcserve pairs", program="hpcserve", command=_hpcserve_pairs, two_legs=True),
+    Peer(name="hpcserve P/D", program="hpcserve", command=_hpcserve_two_legs(), two_legs=True),
+    # Policy kv computes a prompt on the decode worker where that is quicker: one leg. This one never does.
+    Peer(
+        name="hpcserve P/D both legs",
+        program="hpcserve",
+        two_legs=True,
+        command=_hpcserve_two_legs(policy="round_robin"),
+    ),
+    # Both legs at once, as SGLang's engines want them.
+    Peer(
+        name="hpcserve pairs",
+        program="hpcserve",
+        two_legs=True,
+        command=_hpcserve_two_legs("--engine", "sglang"),
+    ),
     Peer(name="vllm-router round_robin", program="vllm-router", command=_vllm_router("round_robin")),
     Peer(name="vllm-router cache_aware", program="vllm-router", command=_vllm_router("cache_aware")),
     Peer(name="vllm-router P/D", program="vllm-router", command=_vllm_router_two_legs, two_legs=True),

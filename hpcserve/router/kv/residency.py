@@ -338,9 +338,7 @@ class Residency:
 
     def _predict(self, worker: str, chain: Sequence[int], chunk_tokens: float, now: float) -> int:
         """Returns how many leading chunks were predicted somewhere before."""
-        number = self._workers.get(worker)
-        if number is None:
-            number = self._number(worker)
+        number = self._number(worker)
         seen = self._predicted.add(number, chain, chunk_tokens)
         if self._live_workers >> number & 1:
             self._in_flight.add(number, chain, now)
